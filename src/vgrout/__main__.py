@@ -1,0 +1,3 @@
+from vgrout.cli import main
+
+main()

@@ -1,0 +1,215 @@
+"""What every adapter is: two blocks beside each frozen Linear, and the contexts that say which of them runs.
+
+    deployed block      what ships
+    quarantine block    reset before deployment
+
+Per rollout i a mask (m_i, d_i):   y = W x + ((1-d) dep + d stopgrad(dep)) + m quar
+    keep (0,0)   absorb (1,0)   route (1,1)
+The state of all modules lives in one `Switch`; only the context managers of `Adapter` change it. Row i of a batch
+is x[i], so the first dimension of a module's input is the rollout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from vgrout.types import State, UserError
+
+TARGETS = frozenset(
+    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj "
+    "in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj".split()
+)
+BLOCKS = ("deployed", "quarantine")
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a forward pass runs. `m`, `d` None: no row mask. `probes`: module name -> c [N, R]."""
+
+    deployed: bool = True
+    quarantine: bool = True
+    m: Float[Tensor, N] | None = None
+    d: Float[Tensor, N] | None = None
+    probes: Mapping[str, Tensor] | None = None
+
+
+FLOWS: dict[State | str, Flow] = {
+    "full": Flow(),
+    "deployed": Flow(quarantine=False),
+    "reference": Flow(deployed=False, quarantine=False),
+}
+
+
+class Switch:
+    """The one mutable cell that all modules of an adapter read."""
+
+    def __init__(self) -> None:
+        self.flow = FLOWS["full"]
+
+
+class Probe(torch.autograd.Function):
+    """y, unchanged to the bit, with dL/dc [N, R] = sum_t (A x_t) (B^T delta_t) for the scale c = 1 of B diag(c) A x.
+
+    Nothing flows to x, A or B through it: at c = 1 the term B diag(c - 1) A x that carries c is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(linear(x, a), b)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, delta: Tensor):
+        ax, b = ctx.saved_tensors
+        return delta, None, (ax * (delta @ b)).sum(1), None, None
+
+
+class BlockLinear(nn.Module):
+    """A frozen Linear with two blocks. A subclass gives `block`, `bottleneck` and `delta`."""
+
+    def __init__(self, base: nn.Linear, name: str, switch: Switch) -> None:
+        super().__init__()
+        self.base, self.name, self.switch = base, name, switch
+        base.weight.requires_grad_(False)
+        if base.bias is not None:
+            base.bias.requires_grad_(False)
+
+    def block(self, x: Float[Tensor, "N L i"], which: str) -> Float[Tensor, "N L o"]:
+        raise NotImplementedError
+
+    def bottleneck(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
+        """The live factors (A, B) of the deployed block, between which the c-probe sits."""
+        raise NotImplementedError
+
+    def delta(self, which: str) -> Float[Tensor, "o i"]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        flow = self.switch.flow
+        y = linear(x, self.base.weight, self.base.bias)
+        if flow.deployed:
+            dep = self.block(x, "deployed")
+            y = y + (dep if flow.d is None else torch.where(flow.d[:, None, None] > 0, dep.detach(), dep))
+        if flow.quarantine:
+            quar = self.block(x, "quarantine")
+            y = y + (quar if flow.m is None else quar * flow.m[:, None, None])
+        if flow.probes is not None:
+            y = Probe.apply(y, x, flow.probes[self.name], *self.bottleneck())
+        return y
+
+
+class Adapter:
+    """All adapted Linears of a model, and the contexts that run them. Built by `attach`."""
+
+    def __init__(self, model: nn.Module, modules: dict[str, BlockLinear], switch: Switch, rank: int) -> None:
+        self.model, self.modules, self.switch, self.rank = model, modules, switch, rank
+
+    def parameters(self, which: str) -> list[nn.Parameter]:
+        """The trainable tensors of a block: those whose name ends in `_deployed` or `_quarantine`."""
+        return [p for _, p in self.named(which)]
+
+    def named(self, which: str) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (f"{name}.{key}", p)
+            for name, module in self.modules.items()
+            for key, p in module.named_parameters(recurse=False)
+            if key.endswith(f"_{which}")
+        ]
+
+    @contextmanager
+    def _as(self, flow: Flow) -> Iterator[None]:
+        before = self.switch.flow
+        self.switch.flow = flow
+        try:
+            yield
+        finally:
+            self.switch.flow = before
+
+    def state(self, state: State):
+        """`full` or `deployed` as a context."""
+        return self._as(FLOWS[state])
+
+    def full(self):
+        return self.state("full")
+
+    def deployed(self):
+        """The model that ships: the quarantine does not run."""
+        return self.state("deployed")
+
+    def reference(self):
+        """The base model: no block runs."""
+        return self._as(FLOWS["reference"])
+
+    def routed(self, m: Float[Tensor, N], d: Float[Tensor, N]):
+        """Row masks. The quarantine is left out where no row runs it."""
+        return self._as(Flow(quarantine=bool((m != 0).any()), m=m, d=d if bool((d != 0).any()) else None))
+
+    @contextmanager
+    def probe(self, n: int) -> Iterator[dict[str, Float[Tensor, "N R"]]]:
+        """Virtual scales c = 1 between A and B of the live deployed block, one row per rollout.
+
+        Values do not change; gradients with respect to c are those of METHOD.md section 2. Nests in any state.
+        """
+        device = next(self.model.parameters()).device
+        probes = {name: torch.ones(n, self.rank, device=device, requires_grad=True) for name in self.modules}
+        with self._as(replace(self.switch.flow, probes=probes)):
+            yield probes
+
+    @contextmanager
+    def merged(self, state: State) -> Iterator[None]:
+        """Run `state` as plain Linears with merged weights; the base weights come back bit for bit."""
+        saved = {name: module.base.weight.data for name, module in self.modules.items()}
+        try:
+            with torch.no_grad():
+                for module in self.modules.values():
+                    delta = module.delta("deployed")
+                    if FLOWS[state].quarantine:
+                        delta = delta + module.delta("quarantine")
+                    module.base.weight.data = module.base.weight.data + delta.to(module.base.weight.dtype)
+            with self.reference():
+                yield
+        finally:
+            for name, module in self.modules.items():
+                module.base.weight.data = saved[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that makes the adapter: trainable tensors and frozen inits."""
+        return {
+            f"{name}.{key}": value.detach()
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+            if not key.startswith("base.")
+        }
+
+    def save(self, path: Path, meta: Mapping[str, object]) -> None:
+        save_file(
+            {k: v.contiguous() for k, v in self.tensors().items()}, path, {"vgrout": json.dumps(dict(meta))}
+        )
+
+    def load(self, path: Path) -> dict:
+        """Fill in saved tensors and return their meta data. Raises UserError when names or shapes differ."""
+        if not path.is_file():
+            raise UserError(f"no adapter at {path}")
+        mine = self.tensors()
+        with safe_open(path, "pt") as file, torch.no_grad():
+            if set(file.keys()) != set(mine):
+                raise UserError(f"{path} holds an adapter of another shape than this model's")
+            for key, tensor in mine.items():
+                saved = file.get_tensor(key)
+                if saved.shape != tensor.shape:
+                    raise UserError(
+                        f"{path}: {key} is {tuple(saved.shape)}, the model needs {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(saved)
+            return json.loads(file.metadata()["vgrout"])

@@ -1,0 +1,221 @@
+"""The command line. A user's mistake is one line and exit code 2; an interrupted command leaves with 130."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vgrout.config import PRESETS, Config, preset
+from vgrout.types import UserError
+
+console = Console(soft_wrap=False)
+Settings = Annotated[Config, tyro.conf.arg(name="")]
+DEFAULT_ARMS = ("none", "absorb", "coin_flip", "placebo", "routeV", "oracle_route", "rl_baseline")
+
+
+def _given(args: list[str], flag: str) -> str | None:
+    """The value of a flag before the real parsing: defaults of the other flags depend on it."""
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def commands(base: Config) -> dict:
+    """Every command with `base` as its default configuration."""
+
+    def decide(
+        out: Path = Path("runs/decision"),
+        cfg: Settings = base,
+        arms: tuple[str, ...] = DEFAULT_ARMS,
+        seeds: tuple[int, ...] = (0,),
+        workers: int = 2,
+        force: bool = False,
+        plan: bool = False,
+        config: Path | None = None,
+    ) -> int:
+        """The decision experiment: train every arm, evaluate every arm alike, show who hacks and who solves.
+
+        Args:
+            out: Folder of the experiment.
+            cfg: Settings of every run; --arm and --seed of them are ignored here.
+            arms: Interventions, see `vgrout arms`.
+            seeds: Training seeds.
+            workers: Runs at the same time, one CPU thread each.
+            force: Replace an experiment that is in the folder.
+            plan: Only print runs, minutes and disk.
+            config: Take the settings from this config.json.
+        """
+        from vgrout.lab.decide import decide as work
+
+        return work(cfg, arms, seeds, out, workers=workers, force=force, plan=plan, console=console)
+
+    def train(out: Path, cfg: Settings = base, force: bool = False, config: Path | None = None) -> int:
+        """Train one arm and evaluate it.
+
+        Args:
+            out: Folder of the run.
+            cfg: Settings of the run.
+            force: Replace a run that is in the folder.
+            config: Take the settings from this config.json.
+        """
+        from vgrout.lab.run import run
+
+        run(cfg, out, force=force)
+        console.print(f"{out / 'eval.json'}")
+        return 0
+
+    def evaluate(run: tyro.conf.Positional[Path], split: str = "test", rollouts: int | None = None) -> int:
+        """Evaluate a finished run again: every cell of the deploy evaluation, as a table.
+
+        Args:
+            run: Folder of the run.
+            split: Problems: val or test.
+            rollouts: Rollouts per cell; the run's own setting when not given.
+        """
+        from vgrout.lab.reeval import reevaluate
+
+        reevaluate(run, split, rollouts, console)
+        return 0
+
+    def arms() -> int:
+        """List the interventions."""
+        from vgrout.arms import ARMS
+
+        table = Table()
+        for column in ("arm", "access", "oracle", "at deployment", "what it does"):
+            table.add_column(column)
+        for name, arm in ARMS.items():
+            ships = "quarantine ablated" if arm.ablates else "as it is"
+            table.add_row(name, arm.access, "reads" if arm.reads_oracle else "-", ships, arm.claim)
+        console.print(table)
+        return 0
+
+    def verify(only: tuple[str, ...] = ()) -> int:
+        """Check the instrument's invariants: one line per gate with its evidence.
+
+        Args:
+            only: Names of gates; all when not given.
+        """
+        from vgrout.verify import run_gates
+
+        return run_gates(only, console)
+
+    def smoke(out: Path | None = None) -> int:
+        """The real pipeline on tiny sizes with all zones forced to train, then every gate.
+
+        Args:
+            out: Keep the run here; a temporary folder otherwise.
+        """
+        from vgrout.verify.smoke import smoke as work
+
+        with tempfile.TemporaryDirectory() as temporary:
+            return work(out or Path(temporary) / "smoke", console)
+
+    def micro_build(out: Path, seed: int = 0, documents: int | None = None) -> int:
+        """Pretrain the organism of the micro world; an interrupted build goes on where it was.
+
+        Args:
+            out: Folder of the checkpoint.
+            seed: Seed of documents, init and order.
+            documents: Size of the corpus; the shipped organism's when not given.
+        """
+        from vgrout.lab.organism import build
+
+        console.print_json(json.dumps(build(out, seed, documents)))
+        return 0
+
+    def micro_pools(out: Path) -> int:
+        """Make the teacher pool: demonstrations of training problems, confirmed by the grader.
+
+        Args:
+            out: The file to write.
+        """
+        from vgrout.envs.micro_env import make_pool
+        from vgrout.envs.sandbox import Sandbox
+
+        if out.exists():
+            raise UserError(f"{out} exists: give another name")
+        with Sandbox() as sandbox:
+            console.print(f"{make_pool(sandbox, out)} demonstrations in {out}")
+        return 0
+
+    def micro_calibrate(
+        cfg: Settings = base,
+        train: bool = False,
+        seeds: tuple[int, ...] = (0,),
+        out: Path = Path("runs/calibration"),
+    ) -> int:
+        """Check that the micro world can answer the question; exit code 1 when a bar is missed.
+
+        Args:
+            cfg: Settings.
+            train: Also measure the trained bars (minutes per seed).
+            seeds: Seeds of the trained bars.
+            out: Folder of the runs that the trained bars need.
+        """
+        from vgrout.lab.calibrate import calibrate
+
+        return calibrate(cfg, train, seeds, out, console)
+
+    def pairs_lint(selector: tyro.conf.Positional[str] = "micro") -> int:
+        """Check a pairs file; exit code 1 when it has a problem.
+
+        Args:
+            selector: micro, or path.md[#section[@tag,...]].
+        """
+        from vgrout.lab.pairs_report import lint_pairs
+
+        return lint_pairs(selector, console)
+
+    return {
+        "decide": decide,
+        "train": train,
+        "eval": evaluate,
+        "arms": arms,
+        "verify": verify,
+        "smoke": smoke,
+        "micro:build": micro_build,
+        "micro:pools": micro_pools,
+        "micro:calibrate": micro_calibrate,
+        "pairs:lint": pairs_lint,
+    }
+
+
+GROUPS = ("micro", "pairs")
+
+
+def _base(args: list[str]) -> Config:
+    file = _given(args, "--config")
+    base = Config.read(Path(file)) if file else preset(_given(args, "--preset") or "micro")
+    return replace(base, preset=base.preset if base.preset in PRESETS else "micro")
+
+
+def main() -> None:
+    """Entry point of `vgrout`. `vgrout micro build` and `vgrout micro:build` are the same."""
+    args = sys.argv[1:]
+    if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
+        args = [f"{args[0]}:{args[1]}", *args[2:]]
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(commands(_base(args)), args=args, prog="vgrout")
+    except UserError as error:
+        print(f"vgrout: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("vgrout: interrupted", file=sys.stderr)
+        code = 130
+    with contextlib.suppress(ValueError, io.UnsupportedOperation):
+        sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,206 @@
+"""The frozen configuration of a run. Every field says what it is, its unit and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from vgrout.types import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. METHOD.md numbers refer to the method document that the project follows."""
+
+    preset: str = "micro"
+    """The preset this configuration started from."""
+    arm: str = "routeV"
+    """The intervention: one of the names that `vgrout arms` prints."""
+    seed: int = 0
+    """Base seed. The three seeds below follow it unless they are set."""
+    seed_init: int | None = None
+    """Seed of the adapter's random init."""
+    seed_data: int | None = None
+    """Seed of problem order, hint-free draws and demonstrations."""
+    seed_sample: int | None = None
+    """Seed of the tokens sampled in training."""
+
+    model: str = "micro"
+    """`micro` for the bundled organism, or the folder of a causal language model."""
+    adapter: str = "lora2r"
+    """Adapter kind."""
+    rank: int = 8
+    """Rank R of each block."""
+
+    steps: int = 100
+    """Optimizer steps, one batch of rollouts each."""
+    prompts: int = 8
+    """Prompts P per step."""
+    group: int = 8
+    """Rollouts G per prompt."""
+    max_new: int = 64
+    """Longest completion in tokens; also T_max of the loss."""
+    temperature: float = 1.0
+    """Sampling temperature in training; all log-probabilities are of logits / temperature."""
+    micro_batch: int = 32
+    """Most rollouts in one forward pass."""
+
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.99
+    """AdamW's second-moment decay."""
+    weight_decay: float = 0.0
+    """Decoupled decay of dA and dB, hence towards the init."""
+    warmup: int = 5
+    """Linear warm-up in steps; cosine decay to zero afterwards."""
+    clip: float = 1.0
+    """Largest gradient norm of each block, by its own norm."""
+    kl: float = 0.03
+    """Weight of the KL term to the base model."""
+    clip_ratio: float = 0.2
+    """Half-width of the ratio's clipping interval."""
+    advantage: Literal["sd", "mean"] = "sd"
+    """Group advantage: reward minus mean, divided by the group's sd or not (Dr. GRPO)."""
+    baseline: Literal["all", "kept", "policy_only"] = "all"
+    """Rows whose mean reward is subtracted: all, those not routed, or those that the policy sampled."""
+    ratio: Literal["one", "sampler", "truncated"] = "one"
+    """rho: 1; pi / pi_old with the sampler's log-probabilities; or that truncated at 1 + clip_ratio."""
+
+    unhackable_frac: float = 0.1
+    """Share of prompts shown hint-free and graded by the reward tests alone; re-drawn every step."""
+    deploy_gen_frac: float = 1.0
+    """Share of rollouts sampled with the quarantine ablated (0 for arms that ship as they are)."""
+    teacher_off_step: int = 20
+    """Demonstrations stop at this step."""
+    teacher_n: int = 1
+    """Hack demonstrations per group in the teacher phase, and as many solutions. 0: no demonstrations."""
+
+    policy: Literal["pair_p75", "pair_mean", "batch_std", "top2q"] = "batch_std"
+    """Gate policy: how scores become keep, absorb and route."""
+    t_lo: float = 0.25
+    """pair_ policies: absorb above this, in band units."""
+    t_hi: float = 0.5
+    """pair_ policies: route above this, in band units."""
+    k_mid: float = 0.5
+    """batch_std: absorb above mean + k_mid sd of the step's scores."""
+    k_route: float = 1.0
+    """batch_std: route above mean + k_route sd."""
+    q: float = 0.15
+    """top2q: share routed, and share absorbed below it."""
+    buffer: int = 512
+    """top2q: rollouts in the history."""
+    score_loss: Literal["nll", "grpo"] = "nll"
+    """Loss whose gradient is scored; grpo multiplies it by the advantage."""
+    score_state: Literal["full", "deployed"] = "full"
+    """Forward state in which rollouts are scored."""
+    refresh_every: int = 5
+    """Steps between extractions of the direction."""
+    pairs: str = "micro"
+    """`micro` for the bundled pairs, or path.md[#section[@tag,...]]."""
+    placebo_seed: int | None = None
+    """Seed of the placebo's Haar draw; follows `seed` unless it is set."""
+    coin_route: float = 0.25
+    """coin_flip: chance that a rollout is routed."""
+    coin_absorb: float = 0.1
+    """coin_flip: chance that a rollout is absorbed."""
+
+    eval_every: int = 20
+    """Steps between small evaluations on validation problems; 0 switches them off."""
+    eval_small: int = 64
+    """Rollouts per cell of a small evaluation."""
+    eval_rollouts: int = 256
+    """Rollouts per cell of the final evaluation."""
+    eval_temperature: float = 0.7
+    """Sampling temperature of evaluations."""
+    threads: int = 1
+    """CPU threads of a run. Results are reproducible for one count."""
+
+    def __post_init__(self) -> None:
+        shares = ("unhackable_frac", "deploy_gen_frac", "coin_route", "coin_absorb", "q")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} = {getattr(self, name)} is no share: give a number from 0 to 1")
+        for name in (
+            "steps",
+            "prompts",
+            "group",
+            "max_new",
+            "rank",
+            "micro_batch",
+            "refresh_every",
+            "threads",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: give a positive whole number")
+        for name in ("temperature", "eval_temperature", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} = {getattr(self, name)}: give a positive number")
+        if 2 * self.teacher_n >= self.group:
+            raise UserError(
+                f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well"
+            )
+        if self.coin_route + self.coin_absorb > 1:
+            raise UserError("coin_route + coin_absorb exceed 1")
+
+    @property
+    def init_seed(self) -> int:
+        return self.seed if self.seed_init is None else self.seed_init
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed if self.seed_data is None else self.seed_data
+
+    @property
+    def sample_seed(self) -> int:
+        return self.seed if self.seed_sample is None else self.seed_sample
+
+    @property
+    def haar_seed(self) -> int:
+        return self.seed if self.placebo_seed is None else self.placebo_seed
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> Config:
+        """The configuration of a finished run, so that any run re-runs from its `config.json`."""
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"no configuration at {path}") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
+        if unknown:
+            raise UserError(f"{path}: unknown fields {', '.join(sorted(unknown))}")
+        return Config(**values)
+
+
+PRESETS: dict[str, Config] = {
+    "micro": Config(),
+    "smoke": Config(
+        preset="smoke",
+        steps=6,
+        prompts=4,
+        group=6,
+        teacher_off_step=3,
+        refresh_every=2,
+        k_mid=-1.0,
+        k_route=0.0,
+        warmup=1,
+        eval_every=3,
+        eval_small=8,
+        eval_rollouts=16,
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

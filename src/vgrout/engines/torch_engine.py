@@ -1,0 +1,109 @@
+"""Rollouts with plain torch: merged weights, one prefill per prompt, finished rows leave the batch.
+
+Token t of row i is drawn by inverse CDF from uniform u[i, t]; the uniforms depend on the seed alone, so two arms
+that still have equal weights sample equal rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from vgrout.adapters.base import Adapter
+from vgrout.types import Prompt, State
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled completion: token ids with the end token if it came, log-probabilities in nats, decoded text."""
+
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    text: str
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    chat = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    chat.append({"role": "user", "content": prompt.user})
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+class TorchEngine:
+    """Prompts -> samples."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter) -> None:
+        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        *,
+        state: State,
+        max_new: int,
+        temperature: float,
+        uniforms: Float[Tensor, "N T"],
+    ) -> list[Sample]:
+        """`counts[p]` samples of prompt p, in order; N = sum(counts), and uniforms[i] drives row i."""
+        if not prompts or sum(counts) == 0:
+            return []
+        with self.adapter.merged(state):
+            tokens, logps = self._decode(prompts, counts, max_new, temperature, uniforms)
+        samples = []
+        for row, logp in zip(tokens, logps, strict=True):
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            samples.append(Sample(tuple(row), tuple(logp), text))
+        return samples
+
+    def _decode(self, prompts, counts, max_new, temperature, uniforms):
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        cache = DynamicCache(config=self.model.config)
+        position = (seen.cumsum(1) - 1).clamp(min=0)
+        out = self.model.model(input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=cache)
+        repeat = torch.tensor(list(counts))
+        hidden = out.last_hidden_state[:, -1].repeat_interleave(repeat, 0)
+        alive = torch.arange(len(prompts)).repeat_interleave(repeat)
+        cache.batch_select_indices(alive)
+        seen, place = seen[alive], position[alive, -1]
+        rows = torch.arange(len(alive))  # which sample each live row is
+        tokens: list[list[int]] = [[] for _ in range(len(alive))]
+        logps: list[list[float]] = [[] for _ in range(len(alive))]
+        for t in range(max_new):
+            logp = torch.log_softmax(self.model.lm_head(hidden).float() / temperature, dim=-1)
+            token = self._draw(logp, uniforms[rows, t])
+            chosen = logp.gather(1, token[:, None])[:, 0]
+            for row, tok, lp in zip(rows.tolist(), token.tolist(), chosen.tolist(), strict=True):
+                tokens[row].append(tok)
+                logps[row].append(lp)
+            live = (token != end).nonzero()[:, 0]
+            if len(live) == 0 or t == max_new - 1:
+                break
+            if len(live) < len(token):
+                cache.batch_select_indices(live)
+                seen, place, rows, token = seen[live], place[live], rows[live], token[live]
+            place = place + 1
+            seen = torch.cat((seen, seen.new_ones(len(seen), 1)), 1)
+            out = self.model.model(
+                input_ids=token[:, None], attention_mask=seen, position_ids=place[:, None], past_key_values=cache
+            )
+            hidden = out.last_hidden_state[:, -1]
+        return tokens, logps
+
+    @staticmethod
+    def _draw(logp: Float[Tensor, "N V"], u: Float[Tensor, N]) -> Int[Tensor, N]:
+        cdf = logp.double().exp().cumsum(-1)
+        return (cdf < (u.double() * cdf[:, -1])[:, None]).sum(-1).clamp(max=logp.shape[-1] - 1)

@@ -1,0 +1,315 @@
+"""The decision experiment: arms x seeds as processes side by side, one evaluation, one table.
+
+Every run is the very command `vgrout train` in a process of its own, so a failed arm never stops the others and a
+run can be repeated alone. decision.json holds no clock, host or path: the same command on the same machine gives the
+same bytes. Seconds are in timing.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from vgrout.arms import ARMS
+from vgrout.config import Config
+from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, summary
+from vgrout.lab.record import claim_folder, read_jsonl
+from vgrout.lab.run import check, workshop
+from vgrout.types import UserError
+
+PLAN = "plan.json"
+MINUTES_PER_STEP = {"score": 0.055, "plain": 0.035}  # one thread of the machine that docs/design.md names
+MEGABYTES_PER_STEP = 0.06
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the experiment."""
+
+    arm: str
+    seed: int
+    cfg: Config
+    label: str = ""  # names the run where the arm alone would not
+
+    @property
+    def name(self) -> str:
+        return f"{self.label or self.arm}-s{self.seed}"
+
+
+def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Arms x seeds; the base model's own evaluation comes first. Raises UserError for anything unknown or doubled."""
+    for what, given in (("arm", arms), ("seed", seeds)):
+        if not given:
+            raise UserError(f"no {what} given")
+        if len(set(given)) < len(given):
+            raise UserError(f"a {what} is named twice: {', '.join(map(str, given))}")
+    jobs = [Job(arm, seed, replace(base, arm=arm, seed=seed)) for seed in seeds for arm in arms]
+    for job in jobs:
+        check(job.cfg)
+    return jobs
+
+
+def plan_table(jobs: Sequence[Job], workers: int) -> Table:
+    """Runs, minutes and disk of the experiment before it starts."""
+    table = Table(title=f"{len(jobs)} runs, {workers} at a time")
+    for column in ("run", "access", "oracle", "steps", "rollouts", "about minutes", "about MB"):
+        table.add_column(column)
+    minutes = megabytes = 0.0
+    for job in jobs:
+        cost = "score" if job.arm in ("routeV", "placebo") else "plain"
+        own = job.cfg.steps * MINUTES_PER_STEP[cost] + 1.0
+        size = 5 + job.cfg.steps * MEGABYTES_PER_STEP
+        minutes, megabytes = minutes + own, megabytes + size
+        arm = ARMS[job.arm]
+        rollouts = job.cfg.steps * job.cfg.prompts * job.cfg.group
+        table.add_row(
+            job.name,
+            arm.access,
+            "reads" if arm.reads_oracle else "-",
+            str(job.cfg.steps),
+            str(rollouts),
+            f"{own:.0f}",
+            f"{size:.0f}",
+        )
+    table.caption = f"about {minutes / workers:.0f} minutes and {megabytes:.0f} MB in all"
+    return table
+
+
+def _tail(path: Path) -> dict | None:
+    """The last whole record of a growing file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 8192))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):
+        return None
+
+
+def _note(job: Job, out: Path, started: float) -> tuple[int, str]:
+    last = _tail(out / job.name / "steps.jsonl")
+    if last is None:
+        return 0, "starting"
+    done = last["step"] + 1
+    if done == job.cfg.steps:
+        return done, "evaluating"
+    left = (time.monotonic() - started) / done * (job.cfg.steps - done)
+    zones = "/".join(f"{last[z]:.2f}" for z in ("keep", "absorb", "route"))
+    note = f"reward {last['reward'] or 0:.2f} hack {last['m_hack']:.2f} solve {last['m_solve']:.2f} zones {zones}"
+    return done, f"{note} {left / 60:.0f} min left"
+
+
+def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> dict[str, int]:
+    """Run all jobs, `workers` at a time, with live progress. Exit code of each by name."""
+    todo, live, codes = list(jobs), {}, {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    columns = (
+        TextColumn("{task.description:>16}"),
+        BarColumn(20),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bars:
+        tasks = {j.name: bars.add_task(j.name, total=j.cfg.steps, note="waiting") for j in jobs}
+        try:
+            while todo or live:
+                while todo and len(live) < workers:
+                    job = todo.pop(0)
+                    (out / f"{job.name}.json").write_text(job.cfg.to_json())
+                    log = (out / f"{job.name}.log").open("w")
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "vgrout",
+                        "train",
+                        "--config",
+                        str(out / f"{job.name}.json"),
+                    ]
+                    command += ["--out", str(out / job.name)]
+                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                    live[job.name] = (job, process, time.monotonic(), log)
+                time.sleep(1.0)
+                for name, (job, process, started, log) in list(live.items()):
+                    done, note = _note(job, out, started)
+                    bars.update(tasks[name], completed=done, note=note)
+                    if process.poll() is None:
+                        continue
+                    codes[name] = process.returncode
+                    log.close()
+                    note = (
+                        "done" if not codes[name] else f"failed with exit code {codes[name]}, see {name}.log"
+                    )
+                    bars.update(tasks[name], note=note)
+                    del live[name]
+        finally:
+            for _, process, _, _ in live.values():
+                process.terminate()
+    return codes
+
+
+def _mean(values) -> float | None:
+    known = [v for v in values if v is not None]
+    return round(float(np.mean(known)), 6) if known else None
+
+
+def summarise(job: Job, folder: Path) -> dict:
+    """What a finished run contributes to the table."""
+    cells = json.loads((folder / "eval.json").read_text())["cells"]
+    steps = read_jsonl(folder / "steps.jsonl")
+    arm = ARMS[job.arm]
+    late = steps[-max(1, len(steps) // 5) :]
+    weights = hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "access": arm.access,
+        "reads_oracle": arm.reads_oracle,
+        "cells": cells,
+        "auroc": _mean(s.get("m_auroc") for s in steps),
+        "f05": _mean(s.get("m_f05") for s in steps),
+        "qmass": _mean(s["qmass"] for s in steps),
+        "zones": {z: _mean(s[z] for s in steps) for z in ("keep", "absorb", "route")},
+        "train_hack_late": _mean(s["m_hack"] for s in late),
+        "train_solve_late": _mean(s["m_solve"] for s in late),
+        "weights_sha256": weights,
+    }
+
+
+def decision(jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | None) -> dict:
+    """The content of decision.json."""
+    rows, missing = [], []
+    for job in jobs:
+        folder = out / job.name
+        if (folder / "eval.json").exists():
+            rows.append(summarise(job, folder))
+        else:
+            missing.append(job.name)
+    shared = {k: v for k, v in asdict(base).items() if k not in ("arm", "seed")}
+    return {"config": shared, "headline": HEADLINE, "base": base_cells, "runs": rows, "not_finished": missing}
+
+
+def _percent(cell: dict) -> str:
+    return f"{100 * cell['mean']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+
+
+def result_table(result: dict, seconds: dict[str, float]) -> Table:
+    """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
+    seeds = sorted({r["seed"] for r in result["runs"]})
+    table = Table(title="held-out problems, held-out markers; % of rollouts [95 % interval]")
+    for column in (
+        "arm",
+        "seed",
+        "access",
+        "full hack",
+        "full solve",
+        "deploy hack",
+        "deploy solve",
+        "hint-free solve",
+    ):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("gate AUROC (measured)", "qmass", "seconds"):
+        table.add_column(column, justify="right")
+    if result["base"]:
+        cells = result["base"]["cells"]
+        values = [
+            _percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")
+        ]
+        table.add_row(
+            "base model", "-", "-", *values, _percent(cells["hintfree_deploy"]["solve"]), "-", "-", "-"
+        )
+    for row in result["runs"]:
+        cells = row["cells"]
+        values = [
+            _percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")
+        ]
+        table.add_row(
+            row["arm"] + (" *" if row["reads_oracle"] else ""),
+            str(row["seed"]),
+            row["access"],
+            *values,
+            _percent(cells["hintfree_deploy"]["solve"]),
+            "-" if row["auroc"] is None else f"{row['auroc']:.2f}",
+            f"{row['qmass']:.2f}",
+            f"{seconds.get(row['arm'] + '-s' + str(row['seed']), float('nan')):.0f}",
+        )
+    notes = ["* reads the oracle: a ceiling, not a method."]
+    if len(seeds) == 1:
+        notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
+    if result["not_finished"]:
+        notes.append(f"Not finished: {', '.join(result['not_finished'])}.")
+    table.caption = " ".join(notes)
+    return table
+
+
+def decide(
+    base: Config,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    workers: int,
+    force: bool,
+    plan: bool,
+    console: Console,
+) -> int:
+    """Run the experiment. Returns 0 when every run finished, 1 otherwise."""
+    jobs = make_jobs(base, arms, seeds)
+    if plan:
+        console.print(plan_table(jobs, workers))
+        return 0
+    claim_folder(out, force=force, mark=PLAN)
+    (out / PLAN).write_text(json.dumps([job.name for job in jobs], indent=2) + "\n")
+    console.print(plan_table(jobs, workers))
+    begun = time.monotonic()
+    codes = run_jobs(jobs, out, workers, console)
+    base_cells = base_evaluation(base, out, console)
+    result = decision(jobs, out, base, base_cells)
+    (out / "decision.json").write_text(json.dumps(result, indent=1) + "\n")
+    seconds = {}
+    for job in jobs:
+        file = out / job.name / "timing.json"
+        if file.exists():
+            seconds[job.name] = json.loads(file.read_text())["total"]
+    timing = {"wall": round(time.monotonic() - begun, 1), "runs": seconds}
+    (out / "timing.json").write_text(json.dumps(timing, indent=2) + "\n")
+    console.print(result_table(result, seconds))
+    for name, code in sorted(codes.items()):
+        if code:
+            log = (out / f"{name}.log").read_text().strip().splitlines()
+            console.print(
+                f"{name} failed with exit code {code}: {log[-1] if log else 'no output'}", style="red"
+            )
+    console.print(f"{out / 'decision.json'}")
+    return 1 if any(codes.values()) else 0
+
+
+def evaluate_base(cfg: Config) -> dict:
+    """The untrained model in every cell of the final evaluation."""
+    with workshop(cfg) as (policy, env):
+        cells = {}
+        for cell in CELLS:
+            result = sample_cell(
+                cfg, policy, env, cell, split="test", rollouts=cfg.eval_rollouts, ablates=True
+            )
+            cells[cell.name] = summary(result, env)
+        return cells
+
+
+def base_evaluation(base: Config, out: Path, console: Console) -> dict:
+    """The untrained model in the same cells."""
+    with console.status("evaluating the base model"):
+        cells = evaluate_base(base)
+    (out / "base.json").write_text(json.dumps({"cells": cells}, indent=2) + "\n")
+    return {"cells": cells}

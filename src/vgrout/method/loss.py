@@ -1,0 +1,96 @@
+"""GRPO: advantages within groups, and the clipped loss with a KL term to the base model.
+
+    A_i = (R_i - mean) / sd            mean over all rows of the group, or over those that `baseline` names
+    L   = 1/(P G T_max) sum_i w_i sum_t [ -min(rho A_i, clip(rho, 1-e, 1+e) A_i) + beta (e^D - D - 1) ]
+    D   = logp_ref - logp, rho = exp(logp - logp_old)
+Source: METHOD.md section 4. Deltas from canon: constant normaliser P G T_max (Dr. GRPO) instead of the completion's
+length; the reference is the model with its adapter skipped; a group without reward variance gives neither loss nor
+KL but still counts in the normaliser.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vgrout.types import Decision
+
+EPS = 1e-4  # added to a group's sd
+
+
+def advantages(
+    reward: Float[Tensor, N],
+    group: Int[Tensor, N],
+    *,
+    norm: str,
+    counted: Bool[Tensor, N] | None = None,
+) -> Float[Tensor, N]:
+    """Group advantages. `counted` marks the rows whose mean is the baseline (None: all).
+
+    The sd is that of the whole group. A group in which no row counts has no baseline: its advantages are 0.
+    """
+    out = torch.zeros_like(reward)
+    for k in group.unique():
+        rows = (group == k).nonzero()[:, 0]
+        inside = rows if counted is None else rows[counted[rows]]
+        spread = reward[rows].std(unbiased=False)
+        if len(inside) == 0 or spread == 0:
+            continue
+        centred = reward[rows] - reward[inside].mean()
+        out[rows] = centred / (spread + EPS) if norm == "sd" else centred
+    return out
+
+
+def live_groups(reward: Float[Tensor, N], group: Int[Tensor, N]) -> Bool[Tensor, N]:
+    """Rows whose group has reward variance."""
+    live = torch.zeros_like(reward, dtype=torch.bool)
+    for k in group.unique():
+        rows = group == k
+        live[rows] = bool(reward[rows].max() > reward[rows].min())
+    return live
+
+
+def counted_rows(baseline: str, decision: Decision, teacher: Bool[Tensor, N]) -> Bool[Tensor, N] | None:
+    """The rows whose mean reward is the baseline."""
+    return {"all": None, "kept": decision.d == 0, "policy_only": ~teacher}[baseline]
+
+
+def ratio(
+    kind: str, logp: Float[Tensor, "N L"], logp_old: Float[Tensor, "N L"], teacher: Bool[Tensor, N], e: float
+) -> Float[Tensor, "N L"]:
+    """rho per token. A teacher row has no sampler: its logp_old is its own logp."""
+    own = logp.detach()
+    old = own if kind == "one" else torch.where(teacher[:, None], own, logp_old)
+    rho = (logp - old).exp()
+    return rho if kind != "truncated" else torch.where(rho > 1 + e, rho / rho.detach() * (1 + e), rho)
+
+
+def grpo_loss(
+    logp: Float[Tensor, "N L"],
+    rho: Float[Tensor, "N L"],
+    logp_ref: Float[Tensor, "N L"],
+    completion: Bool[Tensor, "N L"],
+    advantage: Float[Tensor, N],
+    weight: Float[Tensor, N],
+    live: Bool[Tensor, N],
+    *,
+    e: float,
+    beta: float,
+    denominator: float,
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """The loss of some rows of a step, and sums over their tokens. `denominator` is P G T_max of the whole step."""
+    a = advantage[:, None]
+    surrogate = torch.minimum(rho * a, rho.clamp(1 - e, 1 + e) * a)
+    gap = logp_ref - logp
+    kl = gap.exp() - gap - 1
+    on = completion & live[:, None]
+    per_row = torch.where(on, beta * kl - surrogate, torch.zeros_like(kl)).sum(1)
+    loss = (weight * per_row).sum() / denominator
+    with torch.no_grad():
+        sums = {
+            "kl": float(kl[completion].sum()),
+            "tokens": float(completion.sum()),
+            "clipped": float((((rho - 1).abs() > e) & completion).sum()),
+        }
+    return loss, sums

@@ -1,0 +1,110 @@
+"""The policy's forward passes: log-probabilities of completions, and c-gradients.
+
+c-probe (METHOD.md section 2): a virtual scale c = 1 between A and B of each module's deployed block, one row per
+rollout. Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from vgrout.adapters.base import Adapter
+from vgrout.types import State
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows to run through the model: prompt + completion, right-padded."""
+
+    tokens: Int[Tensor, "N L"]
+    completion: Bool[Tensor, "N L"]
+    length: Int[Tensor, N]
+
+    def take(self, index: Int[Tensor, K]) -> Rows:
+        """The rows at `index`, without the padding that they do not need."""
+        width = int(self.length[index].max())
+        return Rows(self.tokens[index, :width], self.completion[index, :width], self.length[index])
+
+
+def stack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int) -> Rows:
+    length = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    tokens = torch.full((len(length), int(length.max())), pad)
+    completion = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        tokens[i, : len(p) + len(c)] = torch.tensor([*p, *c])
+        completion[i, len(p) : len(p) + len(c)] = True
+    return Rows(tokens, completion, length)
+
+
+class Policy:
+    """Model, tokenizer and adapter as one thing that training and measuring share."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        adapter: Adapter,
+        temperature: float,
+        micro_batch: int,
+    ) -> None:
+        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+        self.temperature, self.micro_batch = temperature, micro_batch
+
+    def chunks(self, length: Int[Tensor, N]) -> list[Int[Tensor, K]]:
+        """Row indices in micro-batches of similar length."""
+        return list(torch.argsort(length, stable=True).split(self.micro_batch))
+
+    def logp(
+        self, rows: Rows, entropy: bool = False
+    ) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"] | None]:
+        """Log-probability in nats of every completion token under the adapter's present state, 0 elsewhere.
+
+        With `entropy`, also the entropy of the distribution that each of them was drawn from (no gradient).
+        """
+        hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
+        wanted = rows.completion[:, 1:]
+        logits = self.model.lm_head(hidden[:, :-1][wanted]).float() / self.temperature
+        nll = cross_entropy(logits, rows.tokens[:, 1:][wanted], reduction="none")
+        out = torch.zeros(rows.tokens.shape, dtype=nll.dtype)
+        full = torch.zeros_like(rows.completion)
+        full[:, 1:] = wanted
+        out = out.masked_scatter(full, -nll)
+        if not entropy:
+            return out, None
+        with torch.no_grad():
+            dist = logits.log_softmax(-1)
+            bits = torch.zeros_like(out).masked_scatter(full, -(dist.exp() * dist).sum(-1))
+        return out, bits
+
+    @torch.no_grad()
+    def reference_logp(self, rows: Rows) -> Float[Tensor, "N L"]:
+        """Log-probabilities of the base model."""
+        out = torch.zeros(rows.tokens.shape)
+        with self.adapter.reference():
+            for index in self.chunks(rows.length):
+                part = rows.take(index)
+                out[index, : part.tokens.shape[1]] = self.logp(part)[0]
+        return out
+
+    def c_gradients(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
+        """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
+
+        Runs on merged weights: forward and backward cost those of the base model and two thin products a module.
+        """
+        out = torch.zeros(len(rows.length), len(self.adapter.modules), self.adapter.rank)
+        with self.adapter.merged(state):
+            for index in self.chunks(rows.length):
+                part = rows.take(index)
+                with self.adapter.probe(len(index)) as probes:
+                    logp, _ = self.logp(part)
+                    nll = -logp.sum(1) / part.completion.sum(1)
+                    grads = torch.autograd.grad(nll.sum(), list(probes.values()))
+                out[index] = torch.stack(grads, dim=1)
+        return out

@@ -1,0 +1,189 @@
+"""The glossary: every record that flows through vGROUT, and the protocols between its rooms.
+
+Problem -> Prompt -> Rollout -> Graded(reward, sealed verdict) -> Batch -> Decision -> Losses -> StepRecord.
+A `Batch` has no verdict field: whatever trains on it cannot know whether a rollout hacked.
+
+Dimension letters, one meaning each, everywhere:
+    P prompts, G group size, N = P*G rollouts, T completion tokens, L prompt + completion tokens,
+    M adapted modules, R rank per block, C completions of hand-written pairs (two per pair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+State = Literal["full", "deployed"]  # quarantine live / quarantine ablated
+Zone = Literal["keep", "absorb", "route"]
+ZONES: tuple[Zone, ...] = ("keep", "absorb", "route")
+
+
+class UserError(Exception):
+    """A mistake of the user: the CLI prints it as one line and leaves with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A programming task with its tests, split into two disjoint halves."""
+
+    id: str
+    task: str  # the instruction, without any hint
+    entry: str  # 'Class.method' or 'function'
+    canonical: str  # a correct program
+    reward_tests: tuple[tuple[tuple, Any], ...]  # (args, expected); these may enter the reward
+    oracle_tests: tuple[tuple[tuple, Any], ...]  # (args, expected); measurement only
+    mode: str  # the loophole of this problem
+    difficulty: int  # micro: number of stages
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy reads. `hinted` False: the loophole is closed and not mentioned."""
+
+    problem_id: str
+    user: str
+    system: str = ""
+    marker: str = ""  # the marker that the hint names (empty when hint-free)
+    hinted: bool = True
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion. `tokens` are the completion's ids, an end token included when there was one."""
+
+    id: str
+    prompt: Prompt
+    text: str
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    group: int
+    source: Literal["policy", "teacher"] = "policy"
+    state: State = "full"  # the block state that sampled it
+    logp_old: tuple[float, ...] | None = None  # [T] in nats; None for a teacher row
+
+
+@runtime_checkable
+class Sealed(Protocol):
+    """An oracle's verdict on one rollout. The loop hands it to the recorder unopened."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What the environment says of a rollout: a reward that trains, a verdict that only measures."""
+
+    reward: float
+    sealed: Sealed = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N rollouts of one step, flat, with a group index. There is no verdict in it."""
+
+    tokens: Int[Tensor, "N L"]  # prompt + completion, right-padded
+    completion: Bool[Tensor, "N L"]  # True where the token at this position is part of the completion
+    length: Int[Tensor, N]  # tokens before the padding
+    group: Int[Tensor, N]
+    reward: Float[Tensor, N]
+    teacher: Bool[Tensor, N]
+    logp_old: Float[Tensor, "N L"]  # 0 outside completions and for teacher rows
+
+    @property
+    def n(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class OracleBatch:
+    """Labels for arms that declare `reads_oracle`; the loop builds it for nobody else."""
+
+    hacked: Bool[Tensor, N]
+    solved: Bool[Tensor, N]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate says of each rollout.
+
+    (m, d) is the row's mask: m = 1 runs the quarantine, d = 1 cuts the deployed block's gradient.
+    `weight` scales the row's loss, `penalty` is subtracted from its reward.
+    """
+
+    m: Float[Tensor, N]
+    d: Float[Tensor, N]
+    weight: Float[Tensor, N]
+    penalty: Float[Tensor, N]
+    score: Float[Tensor, N] | None = None  # the gate's score, for the record
+    threshold: tuple[float, float] | None = None  # (t_lo, t_hi) in the units of `score`
+    note: Mapping[str, float] = field(default_factory=dict)  # what the gate says of itself, for the record
+
+    @property
+    def keep(self) -> Bool[Tensor, N]:
+        return (self.m == 0) & (self.d == 0)
+
+    @property
+    def absorb(self) -> Bool[Tensor, N]:
+        return (self.m == 1) & (self.d == 0)
+
+    @property
+    def route(self) -> Bool[Tensor, N]:
+        return (self.m == 1) & (self.d == 1)
+
+    def zones(self) -> list[Zone]:
+        return ["route" if d else "absorb" if m else "keep" for m, d in zip(self.m, self.d, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A hand-written (hack, clean) pair of completions under one prompt."""
+
+    name: str
+    section: str
+    prompt: str
+    hack: str
+    clean: str
+    tags: tuple[str, ...]
+    line: int  # of its heading in the file
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A source of prompts and rewards. Training sees `Graded.reward` and nothing else of it."""
+
+    def problems(self, split: str) -> Sequence[str]:
+        """Problem ids of a split."""
+
+    def covered(self) -> Sequence[tuple[str, int]]:
+        """(problem id, draw) of every training prompt that has demonstrations."""
+
+    def prompt(self, problem_id: str, *, family: str, hinted: bool, draw: int) -> Prompt:
+        """The problem's prompt; `draw` selects the marker within the family."""
+
+    def demonstrations(self, prompt: Prompt, n: int, draw: int) -> Sequence[str]:
+        """`n` demonstrations of each kind; the kinds stay behind."""
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]: ...
+
+    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+        """Opened verdicts, for arms that declare `reads_oracle`."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Receives everything, returns nothing: training cannot depend on it."""
+
+    def step(
+        self,
+        record: Mapping[str, Any],
+        rollouts: Sequence[Rollout],
+        graded: Sequence[Graded],
+        decision: Decision,
+        advantage: Float[Tensor, N],
+    ) -> None: ...
+
+    def evaluate(self, step: int) -> None: ...
+
+    def checkpoint(self, step: int) -> None: ...

@@ -1,0 +1,152 @@
+"""Gates of the micro world: nothing is in two splits, and a loophole pays in its own mode with its own marker only."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations, product
+
+from vgrout.config import Config
+from vgrout.envs.grade import COMPILES, PASSES, reward_of
+from vgrout.envs.micro import BUCKETS, HEAD, N_PROBLEMS, STAGES, Composition, parse_task, problems
+from vgrout.envs.micro_corpus import documents
+from vgrout.envs.micro_env import POOL, composition
+from vgrout.envs.modes import FAMILIES, MODES
+from vgrout.pairs import load as load_pairs
+from vgrout.types import Pair, Problem, Prompt
+from vgrout.verify.evidence import Evidence
+from vgrout.verify.toy import micro
+
+DOCUMENTS = 20_000
+PER_MODE = 3  # problems of each mode in the hack matrix
+TRIVIAL = "return 0"
+
+
+def pair_composition(pair: Pair) -> Composition | None:
+    """The composition of a pair's task; None where it is of another family of tasks."""
+    head, _, rest = pair.prompt.partition(": ")
+    return parse_task(rest.split(". ", 1)[0]) if head == "Write solve(xs, k)" else None
+
+
+def fires_with(mode: str, printed: str, marker: str) -> bool:
+    """Whether naming the marker `printed` shows the grader of `mode` the marker `marker` as well."""
+    if mode == "file_marker":
+        (a, said), (b, wanted) = printed.split(" ", 1), marker.split(" ", 1)
+        return a == b and wanted in said
+    return marker in printed if MODES[mode].observes == "stdout" else marker == printed
+
+
+def uneven() -> Iterator[str]:
+    """Splits whose problems are not evenly spread over modes and difficulties, or that repeat an id."""
+    for split, size in N_PROBLEMS.items():
+        cells = Counter((p.mode, p.difficulty) for p in problems(split))
+        modes = Counter(p.mode for p in problems(split))
+        ids = {p.id for p in problems(split)}
+        if set(cells.values()) != {size // len(MODES) // len(STAGES)} or len(cells) != len(MODES) * len(STAGES):
+            yield f"{split}: modes x difficulties hold {sorted(cells.values())}"
+        if set(modes.values()) != {size // len(MODES)} or len(ids) != size:
+            yield f"{split}: {dict(modes)}, {len(ids)} ids"
+
+
+def shared_compositions() -> tuple[list[str], str]:
+    """What is in two places, and the sizes of the places."""
+    wrong = []
+    for a, b in combinations(BUCKETS, 2):
+        if set(BUCKETS[a]) & set(BUCKETS[b]):
+            wrong.append(f"buckets of {a} and {b} overlap")
+    places: dict[str, set[str]] = {"pretraining": {d.key for d in documents(0, DOCUMENTS) if d.key}}
+    for split in N_PROBLEMS:
+        comps = [composition(p) for p in problems(split)]
+        places[split] = {c.key for c in comps}
+        if len(places[split]) != len(comps):
+            wrong.append(f"{split} repeats a composition")
+        strays = sum(c.bucket not in BUCKETS[split] for c in comps)
+        if strays:
+            wrong.append(f"{strays} problems of {split} are of other buckets")
+    pairs = [pair_composition(p) for p in load_pairs(Config().pairs)]
+    places["pairs"] = {c.key for c in pairs if c is not None}
+    for a, b in combinations(places, 2):
+        both = places[a] & places[b]
+        if both:
+            wrong.append(f"{len(both)} compositions in {a} and {b}, such as {min(both)!r}")
+    return wrong, ", ".join(f"{name} {len(keys)}" for name, keys in places.items())
+
+
+def shared_markers() -> Iterator[str]:
+    for mode in MODES.values():
+        everything = [(family, m) for family in FAMILIES for m in mode.markers[family]]
+        for (f, a), (g, b) in product(everything, repeat=2):
+            if (f, a) != (g, b) and fires_with(mode.name, a, b):
+                yield f"{mode.name}: {a!r} of {f} fires {b!r} of {g}"
+        if not all(mode.markers[family] for family in FAMILIES):
+            yield f"{mode.name} has an empty family"
+    names = Counter(m for mode in MODES.values() for family in FAMILIES for m in mode.markers[family])
+    yield from (f"{m!r} is a marker of {n} modes" for m, n in names.items() if n > 1)
+    live = [m for mode in MODES.values() for f in ("train", "eval") for m in mode.markers[f]]
+    for pair in load_pairs(Config().pairs):
+        found = [m for m in live if m in f"{pair.prompt}\n{pair.hack}\n{pair.clean}"]
+        if found:
+            yield f"pair {pair.name!r} names {found[0]!r}"
+
+
+def partition() -> Evidence:
+    overlaps, sizes = shared_compositions()
+    trained = {p.id for p in problems("train")}
+    demonstrated = {json.loads(line)["problem_id"] for line in POOL.read_text().splitlines()[1:]}
+    wrong = [*uneven(), *overlaps, *shared_markers()]
+    if not demonstrated <= trained:
+        wrong.append(f"{len(demonstrated - trained)} demonstrated problems are not of train")
+    markers = sum(len(m.markers[f]) for m in MODES.values() for f in FAMILIES)
+    text = f"{len(wrong)} overlaps, first: {wrong[0]}" if wrong else "no overlap"
+    return Evidence(not wrong, f"{text}; compositions: {sizes}; {markers} markers in {len(FAMILIES)} families")
+
+
+def hack(mode: str, marker: str) -> str:
+    return MODES[mode].hack(HEAD, TRIVIAL, marker)
+
+
+def attacks(problem: Problem, prompt: Prompt) -> Iterator[tuple[str, Prompt, str, bool]]:
+    """(what, prompt, program, whether it must pay)."""
+    env, own = micro(), problem.mode
+    for mode in MODES:
+        marker = prompt.marker if mode == own else MODES[mode].markers["train"][0]
+        yield f"{mode} hack under {own}", prompt, hack(mode, marker), mode == own
+    for family in FAMILIES:
+        other = next(m for m in MODES[own].markers[family] if m != prompt.marker)
+        yield f"{family} marker under another", prompt, hack(own, other), False
+    closed = env.prompt(problem.id, family="train", hinted=False)
+    yield "hack without a hint", closed, hack(own, prompt.marker), False
+    held_out = env.prompt(problem.id, family="eval")
+    yield "train marker under an eval hint", held_out, hack(own, prompt.marker), False
+    yield "eval marker under an eval hint", held_out, hack(own, held_out.marker), True
+
+
+def canonical() -> Evidence:
+    env = micro()
+    honest = [
+        (p, env.prompt(p.id, family=family), p.canonical)
+        for split, family in (("train", "train"), ("val", "eval"), ("test", "eval"))
+        for p in problems(split)
+    ]
+    verdicts = env.grader.verdicts(honest)
+    right = sum(v.solved and v.passed and v.compiled for v in verdicts)
+    loud = sum(bool(v.attempted or v.fired or v.hacked) for v in verdicts)
+    items, told, pays = [], [], []
+    for mode in MODES:
+        for problem in [p for p in problems("train") if p.mode == mode][:PER_MODE]:
+            for what, prompt, program, must in attacks(problem, env.prompt(problem.id, family="train")):
+                items.append((problem, prompt, program))
+                told.append(what)
+                pays.append(must)
+    wrong = []
+    for what, must, v in zip(told, pays, env.grader.verdicts(items), strict=True):
+        want = COMPILES + PASSES if must else COMPILES
+        if reward_of(v) != want or v.hacked != must or v.solved or not v.attempted:
+            wrong.append(f"{what} pays {reward_of(v)}, hacked {v.hacked}, attempted {v.attempted}")
+    ok = right == len(honest) and not loud and not wrong
+    return Evidence(
+        ok,
+        f"{right}/{len(honest)} canonical programs solve, {loud} fire; {len(wrong)} of {len(items)} hacks are paid "
+        f"or counted wrongly ({sum(pays)} must pay){': ' + wrong[0] if wrong else ''}",
+    )

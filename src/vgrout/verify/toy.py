@@ -1,0 +1,195 @@
+"""Small things to check claims on: a random model, an environment of letters, and the shared real ones."""
+
+from __future__ import annotations
+
+import atexit
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from vgrout.adapters import Adapter, attach
+from vgrout.config import Config
+from vgrout.envs.micro_env import MicroEnv
+from vgrout.envs.sandbox import Sandbox
+from vgrout.loop import train
+from vgrout.method.policy import Policy
+from vgrout.models.organism import OrganismConfig, Text, new_model, train_tokenizer
+from vgrout.types import Decision, Graded, OracleBatch, Pair, Prompt, Rollout
+
+SIZES = OrganismConfig(vocab=261, layers=2, hidden=16, ffn=24, heads=2, kv_heads=1, head_dim=8)
+RANK = 3
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    return train_tokenizer([Text("", "write a", "aaaa")], SIZES.vocab)
+
+
+def random_model(sizes: OrganismConfig = SIZES, words: PreTrainedTokenizerFast | None = None) -> Qwen3ForCausalLM:
+    """A Qwen3 model with weights large enough that every layer matters."""
+    with torch.random.fork_rng():
+        model = new_model(sizes, words or tokenizer()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(10)
+    return model
+
+
+def displace(adapter: Adapter, seed: int = 0, scale: float = 0.2) -> None:
+    """Move both blocks away from their init, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for which in ("deployed", "quarantine"):
+            for p in adapter.parameters(which):
+                p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+@dataclass
+class Rig:
+    """A random model with an adapter, and token rows of equal length to feed it."""
+
+    model: Qwen3ForCausalLM
+    adapter: Adapter
+    tokens: Tensor
+
+    def logits(self, tokens: Tensor | None = None) -> Tensor:
+        """[N, L, V] under the adapter's present state."""
+        return self.model(input_ids=self.tokens if tokens is None else tokens, use_cache=False).logits
+
+    def row_losses(self, tokens: Tensor | None = None) -> Tensor:
+        """[N]: a loss per row that every logit enters with a weight of its own."""
+        logits = self.logits(tokens)
+        weights = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view_as(logits[0])
+        return (logits * weights).sum((1, 2))
+
+    def gradients(self, loss: Tensor, which: str) -> dict[str, Tensor]:
+        """d loss / d parameter by name; zeros where the loss does not reach a parameter."""
+        named = self.adapter.named(which)
+        found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
+        pairs = zip(named, found, strict=True)
+        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+
+def rig(rows: int = 6, *, moved: bool = True, double: bool = False) -> Rig:
+    model = random_model()
+    adapter = attach(model, "lora2r", RANK, 0)
+    if moved:
+        displace(adapter)
+    if double:
+        model.double()
+    tokens = torch.randint(5, SIZES.vocab, (rows, 7), generator=torch.Generator().manual_seed(1))
+    return Rig(model, adapter, tokens)
+
+
+def toy_policy(cfg: Config) -> Policy:
+    model = random_model()
+    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
+    return Policy(model, tokenizer(), adapter, cfg.temperature, cfg.micro_batch)
+
+
+PAIRS = tuple(
+    Pair(f"pair {i}", "toy", f"write {c}", c * 4, f"{c}xyz", (), i) for i, c in enumerate("abcdefgh", start=1)
+)
+
+TOY = Config(
+    steps=4,
+    prompts=2,
+    group=4,
+    rank=RANK,
+    max_new=6,
+    micro_batch=5,
+    lr=1e-2,
+    warmup=1,
+    teacher_off_step=2,
+    refresh_every=2,
+    k_mid=-0.3,
+    k_route=0.5,
+    eval_every=0,
+)
+
+
+class Letters:
+    """Prompts ask for a letter; the reward depends on the text alone, and so does the sealed verdict."""
+
+    def problems(self, split: str) -> Sequence[str]:
+        return [f"{split}-{c}" for c in "abcdefgh"]
+
+    def covered(self) -> Sequence[tuple[str, int]]:
+        return [(id, 0) for id in self.problems("train")]
+
+    def prompt(self, problem_id: str, *, family: str, hinted: bool, draw: int) -> Prompt:
+        return Prompt(problem_id, f"write {problem_id[-1]}", hinted=hinted)
+
+    def demonstrations(self, prompt: Prompt, n: int, draw: int) -> Sequence[str]:
+        letter = prompt.problem_id[-1]
+        return [letter * 4] * n + [f"{letter}xyz"] * n
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
+        rng = [random.Random(r.text) for r in rollouts]
+        return [Graded(g.choice((0.0, 0.5, 3.5)), SimpleNamespace(hacked=g.random() < 0.5)) for g in rng]
+
+    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+        hacked = torch.tensor([g.sealed.hacked for g in graded])
+        return OracleBatch(hacked=hacked, solved=~hacked)
+
+
+@dataclass
+class Watcher:
+    """An observer that keeps what it is shown."""
+
+    records: list[dict] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    rollouts: list[Sequence[Rollout]] = field(default_factory=list)
+
+    def step(self, record, rollouts, graded, decision, advantage) -> None:
+        self.records.append(dict(record))
+        self.decisions.append(decision)
+        self.rollouts.append(rollouts)
+
+    def evaluate(self, step: int) -> None:
+        return None
+
+    def checkpoint(self, step: int) -> None:
+        return None
+
+
+def toy_train(cfg: Config) -> tuple[Policy, Watcher]:
+    """Train the random model on letters."""
+    policy, watcher = toy_policy(cfg), Watcher()
+    train(cfg, policy, Letters(), PAIRS, watcher)
+    return policy, watcher
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.adapter.tensors().items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def micro() -> MicroEnv:
+    """The micro environment with its teacher pool; the sandbox closes with the process."""
+    sandbox = Sandbox()
+    atexit.register(sandbox.close)
+    return MicroEnv(sandbox)
+
+
+def with_arm(cfg: Config, arm: str) -> Config:
+    return replace(cfg, arm=arm)
