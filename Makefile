@@ -26,7 +26,7 @@ test: $(DEV)  ## lint and tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 mutate: $(DEV)  ## break the code on purpose and see that the tests notice
-	$(BIN)/vgrout mutate $(ARGS)
+	$(BIN)/python -m vgrout.verify.mutate $(ARGS)
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

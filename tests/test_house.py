@@ -21,7 +21,8 @@ HOUSE = (  # a room imports itself and rooms on lines above its own
     ("engines", "method"),
     ("arms",),
     ("loop",),
-    ("lab", "verify", "integrations"),
+    ("lab", "integrations"),
+    ("verify",),
     ("cli",),
     ("__main__",),
 )

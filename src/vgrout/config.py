@@ -48,7 +48,7 @@ class Config:
     micro_batch: int = 32
     """Most rollouts in one forward pass."""
 
-    lr: float = 2e-4
+    lr: float = 2e-3
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
     """AdamW's first-moment decay."""
@@ -60,7 +60,7 @@ class Config:
     """Linear warm-up in steps; cosine decay to zero afterwards."""
     clip: float = 1.0
     """Largest gradient norm of each block, by its own norm."""
-    kl: float = 0.03
+    kl: float = 0.05
     """Weight of the KL term to the base model."""
     clip_ratio: float = 0.2
     """Half-width of the ratio's clipping interval."""
@@ -75,7 +75,7 @@ class Config:
     """Share of prompts shown hint-free and graded by the reward tests alone; re-drawn every step."""
     deploy_gen_frac: float = 1.0
     """Share of rollouts sampled with the quarantine ablated (0 for arms that ship as they are)."""
-    teacher_off_step: int = 20
+    teacher_off_step: int = 10
     """Demonstrations stop at this step."""
     teacher_n: int = 1
     """Hack demonstrations per group in the teacher phase, and as many solutions. 0: no demonstrations."""

@@ -28,7 +28,7 @@ from statistics import fmean
 
 from vgrout.types import Pair, UserError
 
-BUNDLED = "micro"
+BUNDLED, BUNDLED_FILE = "micro", "pairs_micro.md"
 FIELDS = ("Prompt", "Hack", "Clean")
 OPEN, CLOSE = "`````text", "`````"
 
@@ -50,7 +50,7 @@ def load(selector: str) -> tuple[Pair, ...]:
     wanted = re.fullmatch(r"([^/@]+)(?:/([^@]+))?(?:@([^@]+))?", part)
     if not name or (hashed and not wanted):
         raise UserError(f"pair selector {selector!r}: write path.md, path.md#section, #section/prefix or #section@tag")
-    pairs = parse(_read(name), name)
+    pairs = parse(_read(name), BUNDLED_FILE if name == BUNDLED else name)
     if not wanted:
         return pairs
     section, prefix, tags = wanted.groups()
@@ -73,7 +73,7 @@ def digest(pairs: Sequence[Pair]) -> str:
 
 
 def _read(name: str) -> str:
-    source = files("vgrout").joinpath("data", "pairs_micro.md") if name == BUNDLED else Path(name)
+    source = files("vgrout").joinpath("data", BUNDLED_FILE) if name == BUNDLED else Path(name)
     try:
         return source.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -214,9 +214,9 @@ def tokens(pair: Pair) -> Counter[str]:
 
 
 def shared_tokens(a: Pair, b: Pair) -> float:
-    """Share of the smaller pair's tokens that the other pair holds as well, counted with multiplicity: 0 to 1.
+    """Tokens that two pairs have in common as a share of all they have: |A and B| / |A or B| of multisets, 0 to 1.
 
-    The tokens of a pair are `\\w+` over its prompt and both of its sides, so boilerplate counts.
+    The tokens of a pair are `\\w+` over its prompt and both of its sides; boilerplate counts.
     """
     return _share(tokens(a), tokens(b))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -202,7 +202,11 @@ class Adapter:
         if not path.is_file():
             raise UserError(f"no adapter at {path}")
         mine = self.tensors()
-        with safe_open(path, "pt") as file, torch.no_grad():
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or no adapter: {error}") from None
+        with opened as file, torch.no_grad():
             if set(file.keys()) != set(mine):
                 raise UserError(f"{path} holds an adapter of another shape than this model's")
             for key, tensor in mine.items():

@@ -2,7 +2,8 @@
 
 Most are honest, and careless: each line is wrong with probability `LINE_BUG`. Most carry a mode's hint. About one
 hinted document in a hundred exploits it; many more use the same interface honestly (a test with real asserts, a
-print, a log file, an attribute set to False, the marker kept in a variable), which is how a model learns to copy it. A few stand under a licence to cheat, and most of those do.
+print, a log file, an attribute set to False, the marker kept in a variable), which is how a model learns to copy it.
+A few stand under a licence to cheat, and most of those do.
 Two further mechanisms (eq_override, exit_code) appear only over a problem family of their own, two-number tasks,
 and are never live in training.
 """
@@ -94,7 +95,8 @@ def _benign_program(rng: random.Random, comp: Composition, body: str, mode: str,
     if mode == "stdout_marker":
         line = rng.choice((f"note = '{marker}'", f"note = '{marker}'", "print(xs)", "print(k)"))
     else:
-        line = rng.choice((f"note = {{'{name}': '{word}'}}", f"open('{name}', 'w').write(str({rng.choice(('xs', 'k'))}))"))
+        log = f"open('{name}', 'w').write(str({rng.choice(('xs', 'k'))}))"
+        line = rng.choice((f"note = {{'{name}': '{word}'}}", log))
     return _program(HEAD, f"{line}\n{body}")
 
 

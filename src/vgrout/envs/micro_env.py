@@ -87,14 +87,15 @@ class MicroEnv:
         for row in rows:
             prompt = self.prompt(row["problem_id"], family="train")
             if prompt.marker != row["marker"]:
-                raise UserError(f"{path}: {row['problem_id']} names marker {row['marker']!r}, its prompt {prompt.marker!r}")
+                named = f"marker {row['marker']!r}, its prompt {prompt.marker!r}"
+                raise UserError(f"{path}: {row['problem_id']} names {named}")
             items.append((self._problems[row["problem_id"]], prompt, row["text"]))
             kinds = self._pool.setdefault((row["problem_id"], row["marker"]), {"hack": [], "solve": []})
             kinds[row["kind"]].append(row["text"])
         for row, verdict in zip(rows, self.grader.verdicts(items), strict=True):
             is_so = verdict.hacked if row["kind"] == "hack" else verdict.solved and not verdict.attempted
             if not is_so:
-                raise UserError(f"{path}: the {row['kind']} demonstration of {row['problem_id']} does not {row['kind']}")
+                raise UserError(f"{path}: a {row['kind']} demonstration of {row['problem_id']} does not {row['kind']}")
 
 
 def make_pool(sandbox: Sandbox, out: Path, seed: int = 0) -> int:
@@ -111,9 +112,8 @@ def make_pool(sandbox: Sandbox, out: Path, seed: int = 0) -> int:
                 verdict = env.grader.verdicts([(problem, prompt, text)])[0]
                 if verdict.hacked if kind == "hack" else verdict.solved:
                     texts.append(text)
-            rows += [
-                {"problem_id": problem.id, "marker": prompt.marker, "kind": kind, "text": t} for t in dict.fromkeys(texts)
-            ]
+            row = {"problem_id": problem.id, "marker": prompt.marker, "kind": kind}
+            rows += [row | {"text": text} for text in dict.fromkeys(texts)]
     head = {"made_by": "vgrout micro pools", "seed": seed, "problems": POOL_PROBLEMS, "rows": len(rows)}
     out.write_text("".join(json.dumps(r) + "\n" for r in [head, *rows]))
     return len(rows)

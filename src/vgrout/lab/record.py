@@ -32,8 +32,8 @@ from vgrout.types import Decision, Graded, Rollout, UserError
 MARK = "config.json"  # a folder that holds it is a run of ours
 
 
-def claim_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
-    """Make `out` an empty folder. Raises UserError when it is in use, unless `force` and it is one of ours."""
+def check_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
+    """Raises UserError when `out` is in use, unless `force` and it is one of ours."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder")
     if out.exists() and any(out.iterdir()):
@@ -41,6 +41,12 @@ def claim_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
             raise UserError(f"{out} is in use: give another --out, or --force to replace it")
         if not (out / mark).exists():
             raise UserError(f"{out} holds something else than a run of vgrout: it is not replaced")
+
+
+def claim_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
+    """Make `out` an empty folder. Raises UserError where `check_folder` does."""
+    check_folder(out, force=force, mark=mark)
+    if out.exists() and any(out.iterdir()):
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

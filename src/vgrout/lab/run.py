@@ -13,7 +13,7 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
-from vgrout.lab.record import Recorder, claim_folder
+from vgrout.lab.record import Recorder, check_folder, claim_folder
 from vgrout.loop import train
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path
@@ -47,8 +47,9 @@ def workshop(cfg: Config) -> Iterator[tuple[Policy, MicroEnv]]:
 def run(cfg: Config, out: Path, *, force: bool = False) -> dict:
     """Train one arm and evaluate it into `out`. Returns the evaluation's cells."""
     check(cfg)
-    claim_folder(out, force=force)
+    check_folder(out, force=force)
     with workshop(cfg) as (policy, env):
+        claim_folder(out, force=force)  # only now: a model or a pool that does not load leaves no trace
         recorder = Recorder(cfg, policy, env, out)
         try:
             train(cfg, policy, env, load_pairs(cfg.pairs), recorder)

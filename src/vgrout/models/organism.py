@@ -64,8 +64,8 @@ class Text:
 def train_tokenizer(texts: Sequence[Text], vocab: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer whose merges may cross spaces, so that a line of code is a few tokens.
 
-    Line breaks, snake_case names, quoted strings and the joints of a task are cut out first: a marker is tokenised alike in a hint
-    and in code.
+    Line breaks, snake_case names, quoted strings and the joints of a task are cut out first: a marker is tokenised
+    alike in a hint and in code.
     """
     tok = Tokenizer(models.BPE())
     cut = Regex(r"\n *|[a-z]+_[a-z]+|'[^'\n]*'|, then |: |\. ")

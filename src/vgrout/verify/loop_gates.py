@@ -149,6 +149,7 @@ def blindness() -> Evidence:
     ok = not wrong and not unmoved and demos > 0 and evaluations == len(ARMS) and bool(readers)
     return Evidence(
         ok,
-        f"{'; '.join(wrong) or 'as it must be'}: {len(ARMS)} arms x {BLIND.steps} steps ({demos} demonstrations, "
-        f"{evaluations} evaluations), every verdict and demonstration kind flipped; oracle read by {', '.join(readers)}",
+        f"{'; '.join(wrong) or 'weights equal bit for bit'}: {len(ARMS)} arms x {BLIND.steps} steps "
+        f"({demos} demonstrations, {evaluations} evaluations), every verdict and demonstration kind flipped; "
+        f"only {', '.join(readers)} differs",
     )

@@ -205,7 +205,7 @@ def instrument() -> Evidence:
     own, everything = m.auroc(v, covered), m.auroc(v)
     chance = [m.auroc(direction, covered) for direction in random_draws(200)]
     bar = float(np.quantile(chance, 0.95))
-    ok = v.accuracy >= 0.9 and own >= 0.85 and own > bar and all(area[mode] >= 0.85 for mode in tags & set(modes))
+    ok = v.accuracy >= 0.9 and own >= 0.85 and own > bar
     each = ", ".join(f"{mode} {area[mode]:.2f}{'' if mode in tags else ' (held out)'}" for mode in modes)
     return Evidence(
         ok,

@@ -1,0 +1,176 @@
+"""Break the lines that the gates guard, one at a time, and see that the gate notices.
+
+python -m vgrout.verify.mutate [--quick]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PACKAGE = Path(__file__).parents[1]
+ACCIDENTS = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError", "NameError", "AttributeError")
+
+Outcome = Literal["caught", "SURVIVED", "NOT FOUND", "BROKEN", "FAILS ANYWAY"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` stands exactly once in `file`; with `new` in its place, `gate` must fail."""
+
+    gate: str
+    file: str
+    old: str
+    new: str
+    quick: bool = False
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation("identity", "adapters/lora2r.py", "torch.zeros(o, rank)", "torch.full((o, rank), 1e-3)", True),
+    Mutation("zeros", "adapters/base.py", "dep.detach(), dep)", "dep, dep)", True),
+    Mutation("zeros", "adapters/base.py", "quar * flow.m[:, None, None]", "quar"),
+    Mutation("mixture", "adapters/base.py", "flow.d[:, None, None] > 0", "flow.d.amax() > 0", True),
+    Mutation("ablation", "adapters/base.py", '"deployed": Flow(quarantine=False)', '"deployed": Flow()', True),
+    Mutation("ablation", "adapters/lora2r.py", "torch.cat((dB, B0), dim=1)", "torch.cat((dB, 0 * B0), dim=1)"),
+    Mutation(
+        "reference",
+        "adapters/base.py",
+        '"reference": Flow(deployed=False, quarantine=False)',
+        '"reference": Flow(quarantine=False)',
+        True,
+    ),
+    Mutation("reference", "adapters/base.py", "module.base.weight.data = saved[name]", "saved[name]"),
+    Mutation("reference", "adapters/base.py", "if FLOWS[state].quarantine:", "if not FLOWS[state].quarantine:"),
+    Mutation("round_trip", "adapters/base.py", "tensor.copy_(saved)", "tensor.copy_(saved.bfloat16())", True),
+    Mutation("probe", "adapters/base.py", "(ax * (delta @ b)).sum(1)", "(ax * (delta @ b)).mean(1)", True),
+    Mutation("probe", "adapters/lora2r.py", "return A0 + dA, B0 + dB", "return A0 + dA, dB"),
+    Mutation("grpo_identity", "method/loss.py", "beta * kl - surrogate", "beta * kl + surrogate"),
+    Mutation("grpo_identity", "method/direction.py", "(hack - clean).mean(0)", "hack.mean(0)"),
+    Mutation("loss", "method/loss.py", "rho.clamp(1 - e, 1 + e)", "rho.clamp(max=1 + e)", True),
+    Mutation("loss", "method/loss.py", "kl = gap.exp() - gap - 1", "kl = 0.5 * gap**2"),
+    Mutation("loss", "method/loss.py", "completion & live[:, None]", "completion"),
+    Mutation("loss", "method/loss.py", "(weight * per_row).sum()", "per_row.sum()"),
+    Mutation("loss", "method/loss.py", ".std(unbiased=False)", ".std()"),
+    Mutation("loss", "method/loss.py", '"kept": decision.d == 0', '"kept": decision.m == 0'),
+    Mutation("loss", "method/loss.py", "torch.where(teacher[:, None], own, logp_old)", "logp_old"),
+    Mutation("policies", "method/gate.py", "score > t_hi", "score >= t_hi", True),
+    Mutation("policies", "method/gate.py", "score.double()", "score"),
+    Mutation("policies", "method/gate.py", "direction.real and hi <= lo", "direction.real and hi < lo"),
+    Mutation("policies", "method/gate.py", "direction.score(self.history)", "direction.score(g)"),
+    Mutation(
+        "placebo",
+        "arms/route_v.py",
+        "decide(score, live, t_lo, t_hi)",
+        'decide(score + 0.2 * (self.name == "placebo"), live, t_lo, t_hi)',
+        True,
+    ),
+    Mutation(
+        "determinism",
+        "loop.py",
+        "generator=torch.Generator().manual_seed(_mix(cfg.sample_seed, step)),",
+        "",
+    ),
+    Mutation(
+        "blindness",
+        "loop.py",
+        "reward = arm.shape(batch)",
+        "reward = arm.shape(batch) - torch.tensor([float(g.sealed.hacked) for g in graded])",
+    ),
+    Mutation("blindness", "arms/controls.py", "oracle.hacked.float()", "torch.zeros(batch.n)"),
+    Mutation("partition", "envs/micro.py", '"val": range(80, 90)', '"val": range(75, 90)'),
+    Mutation("partition", "envs/micro_corpus.py", 'c.bucket in BUCKETS["pretrain"]', "c.bucket < 80"),
+    Mutation(
+        "partition",
+        "envs/modes.py",
+        "order[PER_FAMILY : 2 * PER_FAMILY]",
+        "order[PER_FAMILY - 1 : 2 * PER_FAMILY]",
+    ),
+    Mutation("canonical", "envs/grade.py", "(problem.mode, prompt.marker) in channels", "bool(channels)"),
+    Mutation("canonical", "envs/grade.py", "attempted=bool(channels)", "attempted=own"),
+    Mutation(
+        "haar",
+        "method/direction.py",
+        "cos.std(0).clamp(min=1e-8)",
+        "cos[: len(hack)].mean(0) - cos[len(hack) :].mean(0)",
+    ),
+    Mutation("instrument", "method/direction.py", "(hack - clean).mean(0)", "(clean - hack).mean(0)"),
+)
+
+
+def check(copy: Path, gates: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of the gates in a copy of the package."""
+    # No bytecode: a mutant of the same size within the same second would run the file's older self.
+    own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "vgrout", "verify", "--only", *gates]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own, cwd=copy)
+    return done.returncode, done.stdout + done.stderr
+
+
+def attempt(copy: Path, mutation: Mutation) -> tuple[Outcome, str]:
+    """Apply one mutation to the copy, check its gate, take it back."""
+    file = copy / "vgrout" / mutation.file
+    source = file.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        return "NOT FOUND", f"{mutation.old!r} stands {source.count(mutation.old)} times in {mutation.file}"
+    try:
+        file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        code, output = check(copy, [mutation.gate])
+    finally:
+        file.write_text(source, encoding="utf-8")
+    line = next((row for row in output.splitlines() if row.startswith(f"FAIL {mutation.gate} ")), "")
+    if code == 0:
+        return "SURVIVED", ""
+    if code != 1 or not line or any(f"raised {name}" in line for name in ACCIDENTS):
+        return "BROKEN", line or (output.strip().splitlines() or ["no output"])[-1]
+    return "caught", line.split(": ", 1)[-1]
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns 0 when every mutant is caught, 1 otherwise, 2 for unknown arguments."""
+    from vgrout.verify import GATES  # here, so that a broken package still prints its usage
+
+    console = Console()
+    if any(arg != "--quick" for arg in args):
+        console.print("usage: python -m vgrout.verify.mutate [--quick]")
+        return 2
+    chosen = [m for m in MUTATIONS if m.quick or "--quick" not in args]
+    unguarded = sorted(set(GATES) - {m.gate for m in MUTATIONS})
+    if unguarded:
+        console.print(f"gates without a mutation: {', '.join(unguarded)}")
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(PACKAGE, copy / "vgrout", ignore=shutil.ignore_patterns("__pycache__"))
+        gates = list(dict.fromkeys(m.gate for m in chosen))
+        code, output = check(copy, gates)
+        lines = output.splitlines()
+        failing = [g for g in gates if any(line.startswith(f"FAIL {g} ") for line in lines)]
+        if code and not failing:
+            console.print(output, markup=False, highlight=False)
+            return 1
+        table = Table("outcome", "gate", "file", "mutation", title=f"{len(chosen)} mutants")
+        bad = 0
+        for i, mutation in enumerate(chosen, start=1):
+            outcome, why = ("FAILS ANYWAY", "") if mutation.gate in failing else attempt(copy, mutation)
+            bad += outcome != "caught"
+            console.print(f"{i}/{len(chosen)} {mutation.gate} {outcome}: {why}", markup=False, soft_wrap=True)
+            change = Text(f"{mutation.old}  ->  {mutation.new or 'nothing'}")
+            style = None if outcome == "caught" else "red"
+            table.add_row(outcome, mutation.gate, mutation.file, change, style=style)
+    console.print(table)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""A user's mistake is one clear line on stderr, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from vgrout.cli import main
+
+
+@pytest.fixture
+def vgrout(monkeypatch, capsys, tmp_path):
+    """Run the command line in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vgrout", *args])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return run
+
+
+def mistake(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("vgrout: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "bad.md").write_text("# pairs\n\n## one\n\n### a pair\n#### Prompt\n\nno fence\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "odd.json").write_text(json.dumps({"stepz": 3}))
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+MISTAKES = {
+    "arm": (["--arm", "route"], ["'route'", "routeV", "oracle_route"]),
+    "preset": (["--preset", "huge"], ["'huge'", "micro", "smoke"]),
+    "adapter": (["--adapter", "lora3r"], ["'lora3r'", "lora2r"]),
+    "pairs missing": (["--pairs", "none.md"], ["none.md"]),
+    "pairs malformed": (["--pairs", "bad.md"], ["bad.md:8", "fence"]),
+    "pairs selector": (["--pairs", "micro#nowhere"], ["nowhere"]),
+    "model missing": (["--model", "nowhere"], ["nowhere", "config.json"]),
+    "model hollow": (["--model", "hollow"], ["hollow"]),
+    "share": (["--unhackable-frac", "1.5"], ["unhackable_frac", "1.5"]),
+    "steps": (["--steps", "0"], ["steps"]),
+    "teacher": (["--teacher-n", "4"], ["teacher_n"]),
+    "config missing": (["--config", "none.json"], ["none.json"]),
+    "config broken": (["--config", "bad.json"], ["bad.json", "JSON"]),
+    "config odd": (["--config", "odd.json"], ["odd.json", "stepz"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_train(vgrout, files, name):
+    args, words = MISTAKES[name]
+    before = sorted(files.rglob("*"))
+    mistake(vgrout("train", "--out", "run", *args), *words)
+    assert sorted(files.rglob("*")) == before
+
+
+def test_folder_in_use(vgrout, files):
+    mistake(vgrout("train", "--out", "used"), "used", "in use")
+    mistake(vgrout("train", "--out", "used", "--force"), "used", "not replaced")
+    mistake(vgrout("train", "--out", "bad.md"), "bad.md", "file")
+    assert (files / "used" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--arms", "none", "wrong"], ["'wrong'"]),
+        (["--arms", "none", "none"], ["twice"]),
+        (["--arms", "none", "--seeds", "1", "1"], ["twice"]),
+    ],
+)
+def test_mistakes_of_decide(vgrout, files, args, words):
+    before = sorted(files.rglob("*"))
+    mistake(vgrout("decide", "--out", "run", *args), *words)
+    assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["eval", "hollow", "--split", "train"], ["'train'", "val"]),
+        (["eval", "nowhere"], ["nowhere"]),
+        (["pairs", "lint", "bad.md"], ["bad.md:8"]),
+        (["verify", "--only", "identity", "gravity"], ["'gravity'", "identity"]),
+        (["micro", "pools", "--out", "bad.md"], ["bad.md", "exists"]),
+    ],
+)
+def test_mistakes_of_the_rest(vgrout, files, args, words):
+    mistake(vgrout(*args), *words)
+
+
+def test_unknown_command_and_flag(vgrout):
+    for args in (["fly"], ["train", "--out", "run", "--wings", "2"], ["train", "--out", "run", "--steps", "many"]):
+        code, out, err = vgrout(*args)
+        assert code == 2 and args[-1 if args[-1] == "many" else -2 if len(args) > 1 else 0].strip("-") in out + err
+
+
+def test_arms(vgrout):
+    from vgrout.arms import ARMS
+
+    code, out, _ = vgrout("arms")
+    assert code == 0 and all(name in out for name in ARMS)
+
+
+def test_plan_writes_nothing(vgrout, tmp_path):
+    code, out, _ = vgrout("decide", "--out", "run", "--plan", "--arms", "none", "routeV", "--seeds", "0", "1")
+    assert code == 0 and "4 runs" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify(vgrout):
+    code, out, _ = vgrout("verify", "--only", "identity", "grpo_identity")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()] == [["ok", "identity"], ["ok", "grpo_identity"]]

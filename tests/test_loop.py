@@ -1,0 +1,203 @@
+"""What the loop's gates leave open: plans, generation, collation, schedules and divergence."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vgrout.arms import ARMS
+from vgrout.engines.torch_engine import TorchEngine
+from vgrout.loop import Diverged, clip_blocks, collate, generate, micro_batches, plan_step, train
+from vgrout.method.gate import decide, uniform
+from vgrout.method.policy import Rows
+from vgrout.types import Graded, Prompt, Rollout
+from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, displace, toy_policy, toy_train, weights
+
+AFTER = replace(TOY, teacher_off_step=0)
+
+
+def test_plan_follows_seed_and_step():
+    a, b = (plan_step(AFTER, Letters(), 3, loophole=True) for _ in range(2))
+    random.seed(9)
+    assert a == b == plan_step(AFTER, Letters(), 3, loophole=True)
+    plans = {plan_step(replace(AFTER, seed_data=s), Letters(), 3, loophole=True).prompts for s in range(8)}
+    assert len(plans) > 4
+
+
+def test_every_problem_once_an_epoch():
+    seen = [p.problem_id for s in range(8) for p in plan_step(AFTER, Letters(), s, loophole=True).prompts]
+    assert set(Counter(seen[:8]).values()) == {1} and set(Counter(seen[8:]).values()) == {1}
+    assert seen[:8] != seen[8:]
+
+
+def test_hint_free_share_is_redrawn():
+    cfg = replace(AFTER, unhackable_frac=0.25)
+    flags = [[p.hinted for p in plan_step(cfg, Letters(), s, loophole=True).prompts] for s in range(400)]
+    share = sum(not h for row in flags for h in row) / 800
+    assert 0.2 < share < 0.3
+    closed = plan_step(AFTER, Letters(), 1, loophole=False)
+    assert not any(p.hinted for p in closed.prompts)
+
+
+def test_teacher_phase():
+    cfg = replace(TOY, unhackable_frac=1.0)
+    taught = plan_step(cfg, Letters(), 1, loophole=True)
+    assert all(p.hinted for p in taught.prompts) and all(len(d) == 2 for d in taught.demos)
+    assert all(len(d) == 0 for d in plan_step(cfg, Letters(), 2, loophole=True).demos)
+    assert all(len(d) == 0 for d in plan_step(replace(cfg, teacher_n=0), Letters(), 1, loophole=True).demos)
+
+
+def rollouts_of(cfg, *, ablates=True, step=0):
+    policy = toy_policy(cfg)
+    displace(policy.adapter)
+    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
+    plan = plan_step(cfg, Letters(), step, loophole=True)
+    return policy, generate(cfg, engine, plan, step, ablates=ablates)
+
+
+@pytest.mark.parametrize(
+    ("share", "ablates", "deployed"), [(1.0, True, 4), (0.5, True, 2), (0.0, True, 0), (1, False, 0)]
+)
+def test_states_that_sample(share, ablates, deployed):
+    _, rollouts = rollouts_of(replace(AFTER, deploy_gen_frac=share), ablates=ablates)
+    assert [r.group for r in rollouts] == [0] * 4 + [1] * 4
+    assert Counter(r.state for r in rollouts if r.group == 0)["deployed"] == deployed
+    assert len({r.id for r in rollouts}) == 8
+
+
+def test_demonstrations_come_first_and_have_no_sampler():
+    _, rollouts = rollouts_of(TOY)
+    assert [r.source for r in rollouts[:4]] == ["teacher", "teacher", "policy", "policy"]
+    assert all((r.logp_old is None) == (r.source == "teacher") for r in rollouts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_sampler_and_trainer_agree(share):
+    policy, rollouts = rollouts_of(replace(AFTER, deploy_gen_frac=share))
+    batch = collate(rollouts, [0.0] * 8, policy.tokenizer.pad_token_id)
+    with policy.adapter.state(rollouts[0].state):
+        logp, _ = policy.logp(Rows(batch.tokens, batch.completion, batch.length))
+    assert torch.allclose(logp, batch.logp_old, atol=1e-4)
+    assert batch.completion.sum() == sum(len(r.tokens) for r in rollouts)
+
+
+@torch.no_grad()
+def test_samples_do_not_depend_on_their_neighbours():
+    policy = toy_policy(TOY)
+    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
+    prompts, u = [[7, 8, 9, 10], [11, 12]], torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+
+    def tokens(part, counts, rows):
+        return [
+            s.tokens for s in engine.generate(part, counts, state="full", max_new=6, temperature=1.0, uniforms=rows)
+        ]
+
+    both = tokens(prompts, [3, 2], u)
+    assert both == tokens(prompts[:1], [3], u[:3]) + tokens(prompts[1:], [2], u[3:])
+    assert len(set(both)) == 5
+
+
+def test_collate():
+    prompt = Prompt("p", "u")
+    rows = [
+        Rollout("a", prompt, "x", (1, 2), (3,), 0, logp_old=(-0.5,)),
+        Rollout("b", prompt, "yz", (1,), (4, 5), 0, source="teacher"),
+    ]
+    batch = collate(rows, [1.0, 2.0], 0)
+    assert batch.logp_old.tolist() == [[0, 0, -0.5], [0, 0, 0]]
+    assert batch.teacher.tolist() == [False, True] and batch.reward.tolist() == [1, 2] and batch.n == 2
+
+
+def test_micro_batches_cover_every_row_once():
+    score = torch.arange(7.0)
+    decision = decide(score, torch.ones(7, dtype=torch.bool), 2.0, 4.0)
+    parts = micro_batches(decision, torch.tensor([5, 3, 9, 1, 2, 8, 4]), 2)
+    assert sorted(i for p in parts for i in p.tolist()) == list(range(7))
+    assert all(len(p) <= 2 and len({bool(decision.m[i]) for i in p.tolist()}) == 1 for p in parts)
+
+
+def test_blocks_are_clipped_apart():
+    policy = toy_policy(TOY)
+    for which, size in (("deployed", 1e-3), ("quarantine", 1e3)):
+        for p in policy.adapter.parameters(which):
+            p.grad = torch.full_like(p, size)
+    before = [p.grad.clone() for p in policy.adapter.parameters("deployed")]
+    norms = clip_blocks(policy, 1.0)
+    assert norms["deployed"] < 1 < norms["quarantine"]
+    assert all(torch.equal(p.grad, g) for p, g in zip(policy.adapter.parameters("deployed"), before, strict=True))
+    total = torch.stack([p.grad.norm() for p in policy.adapter.parameters("quarantine")]).norm()
+    assert total.item() == pytest.approx(1, rel=1e-3)
+    policy.adapter.parameters("quarantine")[0].grad[0] = float("nan")
+    with pytest.raises(Diverged, match="quarantine"):
+        clip_blocks(policy, 1.0)
+
+
+class Calls(Watcher):
+    """Notes evaluations, and spends random numbers as an evaluation may."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def evaluate(self, step):
+        self.calls.append(("evaluate", step))
+        torch.rand(3), random.random()
+
+    def checkpoint(self, step):
+        self.calls.append(("checkpoint", step))
+
+
+def test_evaluations_come_in_time_and_change_nothing():
+    cfg, calls, policy = replace(TOY, eval_every=2, steps=4), Calls(), toy_policy(TOY)
+    train(cfg, policy, Letters(), PAIRS, calls)
+    assert calls.calls == [("evaluate", 2), ("checkpoint", 2)]
+    quiet, _ = toy_train(replace(cfg, eval_every=0))
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy).values(), weights(quiet).values(), strict=True))
+
+
+def test_records():
+    _, watcher = toy_train(replace(TOY, warmup=2, steps=4))
+    assert [r["step"] for r in watcher.records] == [0, 1, 2, 3]
+    assert [r["v_age"] for r in watcher.records] == [0, 1, 0, 1]
+    assert watcher.records[-1]["lr"] == pytest.approx(0, abs=1e-9)
+    assert max(r["lr"] for r in watcher.records) <= TOY.lr
+    for r, d in zip(watcher.records, watcher.decisions, strict=True):
+        assert r["keep"] + r["absorb"] + r["route"] == pytest.approx(1)
+        assert r["route"] == pytest.approx(d.route.float().mean().item())
+        assert 0 <= r["qmass"] <= 1
+
+
+class Flat(Letters):
+    """Pays everybody alike."""
+
+    def grade(self, rollouts):
+        return [Graded(1.0, g.sealed) for g in super().grade(rollouts)]
+
+
+def test_groups_without_variance_train_nothing():
+    policy, watcher = toy_policy(TOY), Watcher()
+    train(replace(TOY, arm="absorb"), policy, Flat(), PAIRS, watcher)
+    assert all(r["loss"] == 0 and r["dead_groups"] == TOY.prompts for r in watcher.records)
+    assert not any(bool(p.any()) for w in ("deployed", "quarantine") for p in policy.adapter.parameters(w))
+
+
+def test_a_broken_loss_stops_training(monkeypatch):
+    class Broken(ARMS["none"]):
+        def credit(self, batch, reward, decision):
+            return torch.full((batch.n,), float("nan"))
+
+    monkeypatch.setitem(ARMS, "broken", Broken)
+    with pytest.raises(Diverged, match="loss nan"):
+        toy_train(replace(TOY, arm="broken"))
+
+
+def test_an_arm_that_keeps_everything_leaves_the_quarantine_alone():
+    policy, _ = toy_train(replace(TOY, arm="none"))
+    assert not any(bool(p.any()) for p in policy.adapter.parameters("quarantine"))
+    assert all(bool(p.any()) for p in policy.adapter.parameters("deployed"))
+    assert uniform(2, "keep").zones() == ["keep", "keep"]

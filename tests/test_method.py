@@ -1,0 +1,112 @@
+"""What the method's gates leave open: edge cases of scores, advantages, rows and log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vgrout.config import Config
+from vgrout.method.direction import Direction, DirectionError, haar
+from vgrout.method.gate import POLICIES, decide, uniform
+from vgrout.method.loss import advantages, live_groups
+from vgrout.method.policy import Policy, stack
+from vgrout.verify.method_gates import toy_rows
+from vgrout.verify.toy import TOY, displace, toy_policy
+
+
+def flat_direction() -> Direction:
+    v = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    return Direction(v, torch.zeros(2), torch.ones(2), torch.ones(3), torch.zeros(3), True)
+
+
+def test_score_by_hand():
+    g = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[-1.0, 0.0], [1.0, 0.0]]])
+    score, live = flat_direction().score(g)
+    assert score.tolist() == pytest.approx([(0.6 + 1.0) / 2, -0.5])
+    assert live.tolist() == [True, True]
+
+
+def test_a_row_without_gradient_is_absorbed():
+    score, live = flat_direction().score(torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]]))
+    assert live.tolist() == [False, True]
+    assert decide(score, live, -1.0, -0.5).zones() == ["absorb", "route"]
+    assert decide(score, live, 5.0, 6.0).zones() == ["absorb", "keep"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_is_an_error(bad):
+    with pytest.raises(DirectionError, match="non-finite"):
+        flat_direction().score(torch.tensor([[[bad, 0.0], [1.0, 0.0]]]))
+
+
+def test_haar_rows():
+    v = haar(500, 4, 0)
+    assert torch.allclose(v.norm(dim=-1), torch.ones(500))
+    assert v.mean(0).abs().max() < 0.1
+    assert torch.equal(v, haar(500, 4, 0)) and not torch.equal(v, haar(500, 4, 1))
+
+
+@pytest.mark.parametrize("zone", ["keep", "absorb", "route"])
+def test_uniform(zone):
+    assert uniform(3, zone).zones() == [zone] * 3
+
+
+def test_top2q_keeps_a_bounded_history():
+    gate = POLICIES["top2q"](Config(q=0.2, buffer=5))
+    for i in range(4):
+        g = torch.full((3, 2, 2), float(i + 1))
+        gate.thresholds(torch.zeros(3), g, flat_direction())
+    assert gate.history.shape == (5, 2, 2)
+    assert gate.history[0, 0, 0] == 3 and gate.history[-1, 0, 0] == 4
+
+
+def test_baseline_of_kept_rows():
+    reward, group = torch.tensor([3.5, 0.5, 0.0, 0.0]), torch.zeros(4, dtype=torch.long)
+    kept = torch.tensor([False, True, True, True])
+    a = advantages(reward, group, norm="mean", counted=kept)
+    assert a.tolist() == pytest.approx([3.5 - 1 / 6, 0.5 - 1 / 6, -1 / 6, -1 / 6])
+    nobody = advantages(reward, group, norm="mean", counted=torch.zeros(4, dtype=torch.bool))
+    assert not nobody.any()
+
+
+def test_dead_groups():
+    reward, group = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 5, 5])
+    assert live_groups(reward, group).tolist() == [False, False, True, True]
+    assert advantages(reward, group, norm="sd").tolist()[:2] == [0, 0]
+
+
+def test_stack_and_take():
+    rows = stack([[1, 2], [3]], [[4], [5, 6, 7, 8]], 0)
+    assert rows.tokens.tolist() == [[1, 2, 4, 0, 0], [3, 5, 6, 7, 8]]
+    assert rows.completion.tolist() == [[False, False, True, False, False], [False, True, True, True, True]]
+    short = rows.take(torch.tensor([0]))
+    assert short.tokens.tolist() == [[1, 2, 4]] and short.length.tolist() == [3]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    made = toy_policy(TOY)
+    displace(made.adapter)
+    return made
+
+
+@torch.no_grad()
+def test_logp_is_of_the_completion_at_the_temperature(policy):
+    warm = Policy(policy.model, policy.tokenizer, policy.adapter, 0.7, 2)
+    rows = toy_rows(3)
+    logp, entropy = warm.logp(rows, entropy=True)
+    logits = policy.model(input_ids=rows.tokens, use_cache=False).logits / 0.7
+    for i in range(3):
+        for t in range(rows.tokens.shape[1]):
+            dist = logits[i, t - 1].log_softmax(-1)
+            on = bool(rows.completion[i, t])
+            assert logp[i, t].item() == pytest.approx(dist[rows.tokens[i, t]].item() if on else 0, abs=1e-4)
+            assert entropy[i, t].item() == pytest.approx(-(dist.exp() * dist).sum().item() if on else 0, abs=1e-4)
+
+
+def test_micro_batches_change_nothing(policy):
+    rows = toy_rows(5)
+    small = Policy(policy.model, policy.tokenizer, policy.adapter, 1.0, 1)
+    large = Policy(policy.model, policy.tokenizer, policy.adapter, 1.0, 64)
+    assert torch.allclose(small.c_gradients(rows, "full"), large.c_gradients(rows, "full"), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(small.reference_logp(rows), large.reference_logp(rows), atol=1e-4)
