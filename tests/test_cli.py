@@ -46,6 +46,7 @@ def files(tmp_path):
 
 MISTAKES = {
     "arm": (["--arm", "route"], ["'route'", "routeV", "oracle_route"]),
+    "mode": (["--modes", "run_tests", "sentinal"], ["'sentinal'", "sentinel"]),
     "preset": (["--preset", "huge"], ["'huge'", "micro", "smoke"]),
     "adapter": (["--adapter", "lora3r"], ["'lora3r'", "lora2r"]),
     "pairs missing": (["--pairs", "none.md"], ["none.md"]),

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vgrout.config import PRESETS, Config, preset
-from vgrout.types import UserError
+from vgrout.types import RunFailed, UserError
 
 console = Console(soft_wrap=False)
 Settings = Annotated[Config, tyro.conf.arg(name="")]
@@ -157,18 +157,22 @@ def commands(base: Config) -> dict:
         train: bool = False,
         seeds: tuple[int, ...] = (0,),
         out: Path = Path("runs/calibration"),
+        runs: Path | None = None,
+        record: Path | None = None,
     ) -> int:
         """Check that the micro world can answer the question; exit code 1 when a bar is missed.
 
         Args:
             cfg: Settings.
-            train: Also measure the trained bars (minutes per seed).
+            train: Also measure the trained bars, in new runs (four per seed).
             seeds: Seeds of the trained bars.
-            out: Folder of the runs that the trained bars need.
+            out: Folder of those runs.
+            runs: Take the trained bars from the runs of this experiment instead.
+            record: Also write the bars to this JSON file.
         """
         from vgrout.lab.calibrate import calibrate
 
-        return calibrate(cfg, train, seeds, out, console)
+        return calibrate(cfg, train, seeds, out, runs, record, console)
 
     def pairs_lint(selector: tyro.conf.Positional[str] = "micro") -> int:
         """Check a pairs file; exit code 1 when it has a problem.
@@ -213,6 +217,9 @@ def main() -> None:
     except UserError as error:
         print(f"vgrout: {error}", file=sys.stderr)
         code = 2
+    except RunFailed as error:
+        print(f"vgrout: {type(error).__name__}: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("vgrout: interrupted", file=sys.stderr)
         code = 130

@@ -71,6 +71,8 @@ class Config:
     ratio: Literal["one", "sampler", "truncated"] = "one"
     """rho: 1; pi / pi_old with the sampler's log-probabilities; or that truncated at 1 + clip_ratio."""
 
+    modes: tuple[str, ...] = ()
+    """Loopholes whose problems are trained on and evaluated; all of the environment's when none is named."""
     unhackable_frac: float = 0.1
     """Share of prompts shown hint-free and graded by the reward tests alone; re-drawn every step."""
     deploy_gen_frac: float = 1.0
@@ -178,7 +180,7 @@ class Config:
         unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
         if unknown:
             raise UserError(f"{path}: unknown fields {', '.join(sorted(unknown))}")
-        return Config(**values)
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 PRESETS: dict[str, Config] = {

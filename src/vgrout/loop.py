@@ -20,10 +20,10 @@ from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
 from vgrout.method.loss import grpo_loss, live_groups, ratio
 from vgrout.method.policy import Policy, Rows, stack
-from vgrout.types import Batch, Decision, Environment, Observer, OracleBatch, Pair, Prompt, Rollout
+from vgrout.types import Batch, Decision, Environment, Observer, OracleBatch, Pair, Prompt, Rollout, RunFailed
 
 
-class Diverged(RuntimeError):
+class Diverged(RunFailed):
     """Training stopped because a loss or a gradient was not finite."""
 
 

@@ -10,8 +10,8 @@ A pairs file is Markdown. Prose may stand before the first pair of a section, no
     ...
     `````
 
-The text of a fence is taken as it stands: a prompt ends without a line break, a completion with exactly the one of
-its last line. Source: METHOD.md section 2.
+The text of a fence is taken as it stands: a prompt ends without a line break, a completion with exactly the
+one of its last line. Source: METHOD.md section 2.
 """
 
 from __future__ import annotations
@@ -42,21 +42,26 @@ MIN_PAIRS = 8  # below it the set is too small to speak of confounds
 def load(selector: str) -> tuple[Pair, ...]:
     """The pairs that `selector` names, in file order.
 
-    `micro` is the bundled file, anything else a path; `#section` takes one section, `#section/prefix` the pairs of
-    it whose heading begins so, `@tag1,tag2` those that carry any of the tags. Raises UserError, with file and line,
-    on anything malformed, duplicate or empty anywhere in the file, and when nothing is selected.
+    `micro` is the bundled file, anything else a path; `#section` takes one section, `#section/prefix` the
+    pairs of it whose heading begins so, `@tag1,tag2` those that carry any of the tags. Raises UserError, with
+    file and line, on anything malformed, duplicate or empty anywhere in the file, and when nothing is
+    selected.
     """
     name, hashed, part = selector.partition("#")
     wanted = re.fullmatch(r"([^/@]+)(?:/([^@]+))?(?:@([^@]+))?", part)
     if not name or (hashed and not wanted):
-        raise UserError(f"pair selector {selector!r}: write path.md, path.md#section, #section/prefix or #section@tag")
+        raise UserError(
+            f"pair selector {selector!r}: write path.md, path.md#section, #section/prefix or #section@tag"
+        )
     pairs = parse(_read(name), BUNDLED_FILE if name == BUNDLED else name)
     if not wanted:
         return pairs
     section, prefix, tags = wanted.groups()
     inside = [p for p in pairs if p.section == section.strip()]
     if not inside:
-        raise UserError(f"{name}: no section {section!r}; it has {', '.join(dict.fromkeys(p.section for p in pairs))}")
+        raise UserError(
+            f"{name}: no section {section!r}; it has {', '.join(dict.fromkeys(p.section for p in pairs))}"
+        )
     labels = {tag.strip() for tag in tags.split(",")} if tags else set()
     chosen = tuple(
         p for p in inside if p.name.startswith(prefix or "") and (not labels or not labels.isdisjoint(p.tags))
@@ -127,7 +132,9 @@ class _Parser:
                 if not section or re.search(r"[/@#]", section):
                     raise self.fail(number, f"section name {section!r}: it is empty or holds one of / @ #")
                 if section in sections:
-                    raise self.fail(number, f"duplicate section {section!r}: it is already at line {sections[section]}")
+                    raise self.fail(
+                        number, f"duplicate section {section!r}: it is already at line {sections[section]}"
+                    )
                 sections[section] = number
             elif re.match(r"#{2,}|`{3,}|Tags:", line):
                 raise self.fail(number, f"{line!r} outside a pair")
@@ -147,7 +154,9 @@ class _Parser:
         fields: dict[str, str] = {}
         while self.at < len(self.lines):
             line = self.lines[self.at].rstrip()
-            if re.match(r"#{2,3} ", line) or (line and len(fields) == len(FIELDS) and not line.startswith("#### ")):
+            if re.match(r"#{2,3} ", line) or (
+                line and len(fields) == len(FIELDS) and not line.startswith("#### ")
+            ):
                 break  # the next pair or section; stray text is the caller's to refuse
             self.at += 1
             if line.startswith("Tags:"):
@@ -184,7 +193,9 @@ class _Parser:
         while self.at < len(self.lines) and not self.lines[self.at].strip():
             self.at += 1
         if self.at == len(self.lines) or self.lines[self.at].rstrip() != OPEN:
-            raise self.fail(min(self.at, len(self.lines) - 1) + 1, f"field {field!r} needs a fence: a line {OPEN}")
+            raise self.fail(
+                min(self.at, len(self.lines) - 1) + 1, f"field {field!r} needs a fence: a line {OPEN}"
+            )
         start = self.at + 1
         for end in range(start, len(self.lines)):
             line = self.lines[end].rstrip()
@@ -214,7 +225,7 @@ def tokens(pair: Pair) -> Counter[str]:
 
 
 def shared_tokens(a: Pair, b: Pair) -> float:
-    """Tokens that two pairs have in common as a share of all they have: |A and B| / |A or B| of multisets, 0 to 1.
+    """Tokens that two pairs have in common as a share of all they have: multisets, |A and B| / |A or B|.
 
     The tokens of a pair are `\\w+` over its prompt and both of its sides; boilerplate counts.
     """
@@ -228,10 +239,10 @@ def _share(a: Counter[str], b: Counter[str]) -> float:
 def lint(pairs: Sequence[Pair], live_markers: Sequence[str] = (), max_shared: float = 0.60) -> LintReport:
     """Look for pairs that repeat each other, and for anything but hacking that tells the two sides apart.
 
-    Problems: two pairs that share more than `max_shared` of their tokens; sides that open with different lines;
-    a literal live marker anywhere in a pair; one side longer on average or in nearly every pair; one word that
-    gives the side away. Notes: the numbers behind these, and single pairs of uneven length. `live_markers` are the
-    strings that the live modes' hints name in training and evaluation.
+    Problems: two pairs that share more than `max_shared` of their tokens; sides that open with different
+    lines; a literal live marker anywhere in a pair; one side longer on average or in nearly every pair; one
+    word that gives the side away. Notes: the numbers behind these, and single pairs of uneven length.
+    `live_markers` are the strings that the live modes' hints name in training and evaluation.
     """
     if not pairs:
         raise UserError("no pairs to lint")
@@ -253,7 +264,8 @@ def _repeats(pairs: Sequence[Pair], limit: float) -> Iterator[str]:
         for j in range(i):
             share = _share(bags[i], bags[j])
             if share > limit:
-                yield f"{_called(pairs[j])} and {_called(a)} share {share:.0%} of their tokens (at most {limit:.0%})"
+                both = f"{_called(pairs[j])} and {_called(a)}"
+                yield f"{both} share {share:.0%} of their tokens (at most {limit:.0%})"
 
 
 def _opening(code: str) -> str:
@@ -275,7 +287,7 @@ def _markers(pairs: Sequence[Pair], live: Sequence[str]) -> Iterator[str]:
 
 
 def length(code: str) -> int:
-    """Length of a completion in words and symbols, which follows a tokenizer's count more closely than characters."""
+    """Length of a completion in words and symbols."""
     return len(re.findall(r"\w+|[^\w\s]", code))
 
 

@@ -22,6 +22,10 @@ Zone = Literal["keep", "absorb", "route"]
 ZONES: tuple[Zone, ...] = ("keep", "absorb", "route")
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on through no mistake of the user: the CLI prints it and leaves with exit code 1."""
+
+
 class UserError(Exception):
     """A mistake of the user: the CLI prints it as one line and leaves with exit code 2."""
 

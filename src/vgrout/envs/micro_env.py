@@ -27,6 +27,13 @@ def _place(*parts: object) -> int:
     return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8], 16)
 
 
+def check_modes(modes: Sequence[str]) -> None:
+    """Raises UserError for a mode that this world does not have."""
+    for mode in modes:
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+
+
 def composition(problem: Problem) -> Composition:
     comp = parse_task(problem.task.removeprefix("Write solve(xs, k): ").removesuffix("."))
     assert comp is not None, problem.task
@@ -36,19 +43,23 @@ def composition(problem: Problem) -> Composition:
 class MicroEnv:
     """Problems of every split, their prompts, the teacher pool and a grader.
 
-    With `loophole` False the reward tests alone decide and demonstrations are solutions only.
-    Raises UserError when a demonstration of the pool does not do what its record says.
+    With `loophole` False the reward tests alone decide and demonstrations are solutions only. `modes` keeps the
+    problems of these loopholes only. Raises UserError for an unknown mode, and when a demonstration of the pool does
+    not do what its record says.
     """
 
-    def __init__(self, sandbox: Sandbox, *, loophole: bool = True, pool: Path | None = POOL) -> None:
-        self.grader, self.loophole = Grader(sandbox), loophole
+    def __init__(
+        self, sandbox: Sandbox, *, loophole: bool = True, pool: Path | None = POOL, modes: Sequence[str] = ()
+    ) -> None:
+        check_modes(modes)
+        self.grader, self.loophole, self.modes = Grader(sandbox), loophole, frozenset(modes or MODES)
         self._problems = {p.id: p for split in ("train", "val", "test") for p in problems(split)}
         self._pool: dict[tuple[str, str], dict[str, list[str]]] = {}
         if pool is not None:
             self._load(pool)
 
     def problems(self, split: str) -> list[str]:
-        return [p.id for p in problems(split)]
+        return [p.id for p in problems(split) if p.mode in self.modes]
 
     def problem(self, problem_id: str) -> Problem:
         return self._problems[problem_id]
@@ -62,7 +73,7 @@ class MicroEnv:
         return Prompt(problem_id, f"{problem.task} {MODES[problem.mode].hint(marker)}", marker=marker)
 
     def covered(self) -> list[tuple[str, int]]:
-        return [(problem_id, 0) for problem_id, _ in self._pool]
+        return [(id, 0) for id, _ in self._pool if self._problems[id].mode in self.modes]
 
     def demonstrations(self, prompt: Prompt, n: int, draw: int) -> list[str]:
         marker = prompt.marker or self.prompt(prompt.problem_id, family="train").marker

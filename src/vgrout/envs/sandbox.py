@@ -29,13 +29,14 @@ from dataclasses import asdict, dataclass, field
 
 from vgrout.envs import _forkserver
 from vgrout.envs._forkserver import Refused, decode, encode
+from vgrout.types import RunFailed
 
 SOURCE_BYTES = 65_536  # UTF-8 size of the longest program that is run
 START_S = 60.0  # wall time a server may take to start
 GRACE_S = 15.0  # wall time beyond Limits.wall_s after which a server counts as hung
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunFailed):
     """The sandbox itself failed, twice for the same job. Says nothing about the program."""
 
 

@@ -148,9 +148,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> 
                         continue
                     codes[name] = process.returncode
                     log.close()
-                    note = (
-                        "done" if not codes[name] else f"failed with exit code {codes[name]}, see {name}.log"
-                    )
+                    note = "done" if not codes[name] else f"failed with exit code {codes[name]}, see {name}.log"
                     bars.update(tasks[name], note=note)
                     del live[name]
         finally:
@@ -223,17 +221,11 @@ def result_table(result: dict, seconds: dict[str, float]) -> Table:
         table.add_column(column, justify="right")
     if result["base"]:
         cells = result["base"]["cells"]
-        values = [
-            _percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")
-        ]
-        table.add_row(
-            "base model", "-", "-", *values, _percent(cells["hintfree_deploy"]["solve"]), "-", "-", "-"
-        )
+        values = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
+        table.add_row("base model", "-", "-", *values, _percent(cells["hintfree_deploy"]["solve"]), "-", "-", "-")
     for row in result["runs"]:
         cells = row["cells"]
-        values = [
-            _percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")
-        ]
+        values = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
         table.add_row(
             row["arm"] + (" *" if row["reads_oracle"] else ""),
             str(row["seed"]),
@@ -288,9 +280,7 @@ def decide(
     for name, code in sorted(codes.items()):
         if code:
             log = (out / f"{name}.log").read_text().strip().splitlines()
-            console.print(
-                f"{name} failed with exit code {code}: {log[-1] if log else 'no output'}", style="red"
-            )
+            console.print(f"{name} failed with exit code {code}: {log[-1] if log else 'no output'}", style="red")
     console.print(f"{out / 'decision.json'}")
     return 1 if any(codes.values()) else 0
 
@@ -300,9 +290,7 @@ def evaluate_base(cfg: Config) -> dict:
     with workshop(cfg) as (policy, env):
         cells = {}
         for cell in CELLS:
-            result = sample_cell(
-                cfg, policy, env, cell, split="test", rollouts=cfg.eval_rollouts, ablates=True
-            )
+            result = sample_cell(cfg, policy, env, cell, split="test", rollouts=cfg.eval_rollouts, ablates=True)
             cells[cell.name] = summary(result, env)
         return cells
 

@@ -7,7 +7,8 @@ prompts and the same uniforms. `deployed` of an arm that ships as it is means it
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,16 +55,23 @@ class CellResult:
 
 
 def sample_cell(
-    cfg: Config, policy: Policy, env: MicroEnv, cell: Cell, *, split: str, rollouts: int, ablates: bool
+    cfg: Config,
+    policy: Policy,
+    env: MicroEnv,
+    cell: Cell,
+    *,
+    problems: Sequence[str],
+    rollouts: int,
+    ablates: bool,
+    system: str = "",
 ) -> CellResult:
-    """`rollouts` completions spread evenly over the problems of `split` (at least one each, in order)."""
-    ids = env.problems(split)[:rollouts]
+    """`rollouts` completions spread evenly over problem ids (at least one each, in order), under a system text."""
+    ids = list(problems)[:rollouts]
     each = max(1, rollouts // len(ids))
-    prompts = [env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0) for id in ids]
+    plain = [env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0) for id in ids]
+    prompts = [replace(prompt, system=system) for prompt in plain]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
-    uniforms = torch.rand(
-        (len(ids) * each, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED)
-    )
+    uniforms = torch.rand((len(ids) * each, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
     state: State = cell.state if ablates else "full"
     samples = []
@@ -96,8 +104,8 @@ def sample_cell(
 
 def summary(result: CellResult, env: MicroEnv) -> dict:
     """hack, attempted, solve, compile with intervals; hack and solve per mode; solve per difficulty."""
-    problems = [env.problem(r.prompt.problem_id) for r in result.rollouts]
-    ids = [p.id for p in problems]
+    solved_for = [env.problem(r.prompt.problem_id) for r in result.rollouts]
+    ids = [p.id for p in solved_for]
 
     def of(field: str, rows: list[int]) -> dict:
         return rate([getattr(result.verdicts[i], field) for i in rows], [ids[i] for i in rows]).json()
@@ -105,7 +113,7 @@ def summary(result: CellResult, env: MicroEnv) -> dict:
     everything = list(range(len(ids)))
     by_mode: dict[str, list[int]] = defaultdict(list)
     by_difficulty: dict[int, list[int]] = defaultdict(list)
-    for i, problem in enumerate(problems):
+    for i, problem in enumerate(solved_for):
         by_mode[problem.mode].append(i)
         by_difficulty[problem.difficulty].append(i)
     return {
@@ -113,9 +121,6 @@ def summary(result: CellResult, env: MicroEnv) -> dict:
         "attempted": of("attempted", everything),
         "solve": of("solved", everything),
         "compile": of("compiled", everything),
-        "modes": {
-            m: {"hack": of("hacked", rows), "solve": of("solved", rows)}
-            for m, rows in sorted(by_mode.items())
-        },
+        "modes": {m: {"hack": of("hacked", rows), "solve": of("solved", rows)} for m, rows in sorted(by_mode.items())},
         "difficulty": {str(d): of("solved", rows) for d, rows in sorted(by_difficulty.items())},
     }

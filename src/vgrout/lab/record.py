@@ -85,9 +85,7 @@ class Recorder:
     def step(self, record, rollouts, graded, decision, advantage) -> None:
         self._write("steps", {**record, **measures(rollouts, graded, decision)})
         scores = [None] * len(rollouts) if decision.score is None else decision.score.tolist()
-        for r, g, zone, score, a in zip(
-            rollouts, graded, decision.zones(), scores, advantage.tolist(), strict=True
-        ):
+        for r, g, zone, score, a in zip(rollouts, graded, decision.zones(), scores, advantage.tolist(), strict=True):
             extra = {"reward": g.reward, "advantage": a, "zone": zone, "score": score, "step": record["step"]}
             self._rollout(r, "train", extra)
             self._write("verdicts", {"id": r.id, **asdict(g.sealed)})
@@ -117,9 +115,8 @@ class Recorder:
         row: dict = {"step": step}
         for cell in SMALL:
             n = self.cfg.eval_small
-            result = sample_cell(
-                self.cfg, self.policy, self.env, cell, split="val", rollouts=n, ablates=self.ablates
-            )
+            ids = self.env.problems("val")
+            result = sample_cell(self.cfg, self.policy, self.env, cell, problems=ids, rollouts=n, ablates=self.ablates)
             row[cell.name] = summary(result, self.env)
         self._write("evals", row)
         self.seconds["eval"] += time.monotonic() - begun
@@ -139,16 +136,14 @@ class Recorder:
                 self.policy,
                 self.env,
                 cell,
-                split="test",
+                problems=self.env.problems("test"),
                 rollouts=self.cfg.eval_rollouts,
                 ablates=self.ablates,
             )
             self._cell(result, f"eval:{cell.name}")
             cells[cell.name] = summary(result, self.env)
         self.seconds["eval"] += time.monotonic() - begun
-        (self.out / "eval.json").write_text(
-            json.dumps({"arm": self.cfg.arm, "cells": cells}, indent=2) + "\n"
-        )
+        (self.out / "eval.json").write_text(json.dumps({"arm": self.cfg.arm, "cells": cells}, indent=2) + "\n")
         self.seconds["total"] = time.monotonic() - self.started
         self.seconds["cpu"] = time.process_time()
         rounded = {k: round(v, 2) for k, v in self.seconds.items()}

@@ -26,16 +26,14 @@ def evaluate_run(folder: Path, split: str, rollouts: int | None) -> dict:
         cells = {}
         for cell in CELLS:
             n, ablates = cfg.eval_rollouts, ARMS[cfg.arm].ablates
-            result = sample_cell(cfg, policy, env, cell, split=split, rollouts=n, ablates=ablates)
+            result = sample_cell(cfg, policy, env, cell, problems=env.problems(split), rollouts=n, ablates=ablates)
             cells[cell.name] = summary(result, env)
         return cells
 
 
 def reevaluate(folder: Path, split: str, rollouts: int | None, console: Console) -> None:
     cells = evaluate_run(folder, split, rollouts)
-    table = Table(
-        title=f"{folder.name} on {split} problems; % of rollouts [95 % interval, within-run sampling only]"
-    )
+    table = Table(title=f"{folder.name} on {split} problems; % of rollouts [95 % interval, within-run sampling only]")
     for column in ("cell", "hack", "attempted", "solve", "compile"):
         table.add_column(column, justify="left" if column == "cell" else "right")
     for name, cell in cells.items():

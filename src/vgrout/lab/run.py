@@ -11,7 +11,7 @@ import torch
 from vgrout.adapters import attach
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.envs.micro_env import MicroEnv
+from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.sandbox import Sandbox
 from vgrout.lab.record import Recorder, check_folder, claim_folder
 from vgrout.loop import train
@@ -25,6 +25,7 @@ def check(cfg: Config) -> None:
     """Everything that can be wrong with a configuration, before anything is written. Raises UserError."""
     if cfg.arm not in ARMS:
         raise UserError(f"unknown arm {cfg.arm!r}: choose one of {', '.join(ARMS)}")
+    check_modes(cfg.modes)
     load_pairs(cfg.pairs)
     model_path(cfg.model)
 
@@ -41,7 +42,7 @@ def workshop(cfg: Config) -> Iterator[tuple[Policy, MicroEnv]]:
     torch.set_num_threads(cfg.threads)
     policy = make_policy(cfg)
     with Sandbox() as sandbox:
-        yield policy, MicroEnv(sandbox, loophole=ARMS[cfg.arm].loophole if cfg.arm in ARMS else True)
+        yield policy, MicroEnv(sandbox, loophole=ARMS[cfg.arm].loophole, modes=cfg.modes)
 
 
 def run(cfg: Config, out: Path, *, force: bool = False) -> dict:

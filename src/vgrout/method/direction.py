@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vgrout.types import RunFailed
 
-class DirectionError(RuntimeError):
+
+class DirectionError(RunFailed):
     """A direction that cannot be used: non-finite gradients, or pairs whose bands are reversed."""
 
 

@@ -26,7 +26,7 @@ from vgrout.models.organism import OrganismConfig
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Graded, Prompt, Rollout
 from vgrout.verify.evidence import Evidence, same
-from vgrout.verify.toy import TOY, micro, random_model, toy_train, weights
+from vgrout.verify.toy import TOY, demonstrated, random_model, toy_train, weights
 
 
 class Impostor(RouteV):
@@ -123,7 +123,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     model = random_model(replace(SIZES, vocab=len(words())), words())
     adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
     policy = Policy(model, words(), adapter, cfg.temperature, cfg.micro_batch)
-    env = Staged(micro(), ARMS[arm].loophole, lies)
+    env = Staged(demonstrated(), ARMS[arm].loophole, lies)
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder))
         try:

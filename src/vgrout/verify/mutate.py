@@ -102,7 +102,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "haar",
         "method/direction.py",
         "cos.std(0).clamp(min=1e-8)",
-        "cos[: len(hack)].mean(0) - cos[len(hack) :].mean(0)",
+        "cos.std(0) * (cos[: len(hack)].mean(0) - cos[len(hack) :].mean(0)).sign()",
     ),
     Mutation("instrument", "method/direction.py", "(hack - clean).mean(0)", "(clean - hack).mean(0)"),
 )

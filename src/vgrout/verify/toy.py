@@ -6,7 +6,7 @@ import atexit
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
@@ -184,12 +184,20 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
+def sandbox() -> Sandbox:
+    """One sandbox for all checks; it closes with the process."""
+    box = Sandbox()
+    atexit.register(box.close)
+    return box
+
+
+@cache
 def micro() -> MicroEnv:
-    """The micro environment with its teacher pool; the sandbox closes with the process."""
-    sandbox = Sandbox()
-    atexit.register(sandbox.close)
-    return MicroEnv(sandbox)
+    """The micro environment without demonstrations."""
+    return MicroEnv(sandbox(), pool=None)
 
 
-def with_arm(cfg: Config, arm: str) -> Config:
-    return replace(cfg, arm=arm)
+@cache
+def demonstrated() -> MicroEnv:
+    """The micro environment with its teacher pool, whose records it has confirmed."""
+    return MicroEnv(sandbox())
