@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vgrout.config import Config, preset
-from vgrout.lab.decide import Job, decide, make_jobs, result_table, run_jobs
+from vgrout.lab.decide import Job, decide, make_jobs, result_table, run_jobs, show
 from vgrout.lab.record import claim_folder, read_jsonl
 from vgrout.types import UserError
 
@@ -107,3 +107,15 @@ def test_an_unfinished_run_is_said_in_the_table(experiment):
     out, *_ = experiment
     result = json.loads((out / "decision.json").read_text()) | {"not_finished": ["placebo-s0"]}
     assert "Not finished: placebo-s0" in str(result_table(result, {}).caption)
+
+
+def test_the_table_comes_back_as_markdown(experiment, capsys):
+    out, *_ = experiment
+    show(out, (0,), True, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| arm | seed |") and [line.split(" | ")[0][2:] for line in lines[2:5]] == [
+        "base model",
+        *ARMS,
+    ]
+    with pytest.raises(UserError, match="no finished experiment"):
+        show(out / "none-s0", (), False, Console())

@@ -62,6 +62,19 @@ def commands(base: Config) -> dict:
 
         return work(cfg, arms, seeds, out, workers=workers, force=force, plan=plan, console=console)
 
+    def show(out: tyro.conf.Positional[Path], seeds: tuple[int, ...] = (), markdown: bool = False) -> int:
+        """Print the table of a finished experiment again.
+
+        Args:
+            out: Folder of the experiment.
+            seeds: Only these seeds.
+            markdown: As Markdown.
+        """
+        from vgrout.lab.decide import show as work
+
+        work(out, seeds, markdown, console)
+        return 0
+
     def train(out: Path, cfg: Settings = base, force: bool = False, config: Path | None = None) -> int:
         """Train one arm and evaluate it.
 
@@ -186,6 +199,7 @@ def commands(base: Config) -> dict:
 
     return {
         "decide": decide,
+        "show": show,
         "train": train,
         "eval": evaluate,
         "arms": arms,

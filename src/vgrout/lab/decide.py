@@ -198,51 +198,71 @@ def decision(jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | No
     return {"config": shared, "headline": HEADLINE, "base": base_cells, "runs": rows, "not_finished": missing}
 
 
+COLUMNS = ("arm", "seed", "access", "full hack", "full solve", "deploy hack", "deploy solve", "hint-free solve")
+MEASURED = ("gate AUROC (measured)", "qmass", "seconds")
+
+
 def _percent(cell: dict) -> str:
     return f"{100 * cell['mean']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
-def result_table(result: dict, seconds: dict[str, float]) -> Table:
-    """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
-    seeds = sorted({r["seed"] for r in result["runs"]})
-    table = Table(title="held-out problems, held-out markers; % of rollouts [95 % interval]")
-    for column in (
-        "arm",
-        "seed",
-        "access",
-        "full hack",
-        "full solve",
-        "deploy hack",
-        "deploy solve",
-        "hint-free solve",
-    ):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for column in ("gate AUROC (measured)", "qmass", "seconds"):
-        table.add_column(column, justify="right")
+def _rates(cells: dict) -> list[str]:
+    both = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
+    return [*both, _percent(cells["hintfree_deploy"]["solve"])]
+
+
+def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]], str]:
+    """The table's rows, and the notes that belong under it."""
+    rows = []
     if result["base"]:
-        cells = result["base"]["cells"]
-        values = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
-        table.add_row("base model", "-", "-", *values, _percent(cells["hintfree_deploy"]["solve"]), "-", "-", "-")
-    for row in result["runs"]:
-        cells = row["cells"]
-        values = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
-        table.add_row(
-            row["arm"] + (" *" if row["reads_oracle"] else ""),
-            str(row["seed"]),
-            row["access"],
-            *values,
-            _percent(cells["hintfree_deploy"]["solve"]),
-            "-" if row["auroc"] is None else f"{row['auroc']:.2f}",
-            f"{row['qmass']:.2f}",
-            f"{seconds.get(row['arm'] + '-s' + str(row['seed']), float('nan')):.0f}",
+        rows.append(["base model", "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-"])
+    for run in result["runs"]:
+        name = f"{run['arm']}-s{run['seed']}"
+        rows.append(
+            [
+                run["arm"] + (" *" if run["reads_oracle"] else ""),
+                str(run["seed"]),
+                run["access"],
+                *_rates(run["cells"]),
+                "-" if run["auroc"] is None else f"{run['auroc']:.2f}",
+                f"{run['qmass']:.2f}",
+                f"{seconds[name]:.0f}" if name in seconds else "-",
+            ]
         )
     notes = ["* reads the oracle: a ceiling, not a method."]
-    if len(seeds) == 1:
+    if len({run["seed"] for run in result["runs"]}) == 1:
         notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
     if result["not_finished"]:
         notes.append(f"Not finished: {', '.join(result['not_finished'])}.")
-    table.caption = " ".join(notes)
+    return rows, " ".join(notes)
+
+
+def result_table(result: dict, seconds: dict[str, float]) -> Table:
+    """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
+    rows, notes = result_rows(result, seconds)
+    table = Table(title="held-out problems, held-out markers; % of rollouts [95 % interval]", caption=notes)
+    for column in (*COLUMNS, *MEASURED):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> None:
+    """Print the table of an experiment again. Raises UserError where `out` holds none."""
+    file = out / "decision.json"
+    if not file.is_file():
+        raise UserError(f"no finished experiment in {out}: it has no decision.json")
+    result = json.loads(file.read_text())
+    seconds = json.loads((out / "timing.json").read_text())["runs"]
+    if seeds:
+        result["runs"] = [run for run in result["runs"] if run["seed"] in seeds]
+    if not markdown:
+        console.print(result_table(result, seconds))
+        return
+    rows, notes = result_rows(result, seconds)
+    lines = [(*COLUMNS, *MEASURED), ["---"] * (len(COLUMNS) + len(MEASURED)), *rows]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}".replace("* reads", "\\* reads"))
 
 
 def decide(
@@ -269,11 +289,8 @@ def decide(
     base_cells = base_evaluation(base, out, console)
     result = decision(jobs, out, base, base_cells)
     (out / "decision.json").write_text(json.dumps(result, indent=1) + "\n")
-    seconds = {}
-    for job in jobs:
-        file = out / job.name / "timing.json"
-        if file.exists():
-            seconds[job.name] = json.loads(file.read_text())["total"]
+    files = {job.name: out / job.name / "timing.json" for job in jobs}
+    seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
     timing = {"wall": round(time.monotonic() - begun, 1), "runs": seconds}
     (out / "timing.json").write_text(json.dumps(timing, indent=2) + "\n")
     console.print(result_table(result, seconds))
