@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 decide: $(CORE)  ## train and compare the arms on the micro world
 	$(BIN)/vgrout decide --preset micro --out runs/micro $(ARGS)
 
-smoke: $(CORE)  ## the real pipeline on tiny sizes, then every gate
+smoke: $(DEV)  ## the real pipeline on tiny sizes, then every gate
 	$(BIN)/vgrout smoke $(ARGS)
 
 verify: $(CORE)  ## every gate with its evidence

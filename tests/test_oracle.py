@@ -109,6 +109,7 @@ def test_equal(value):
         (object(), 5),
         ({frozenset()}, {1}),
     ],
+    ids=lambda value: "spoof" if type(value) is Spoof else None,
 )
 def test_different(value, expected):
     assert same(value, expected) is False

@@ -305,9 +305,9 @@ def decide(
 def evaluate_base(cfg: Config) -> dict:
     """The untrained model in every cell of the final evaluation."""
     with workshop(cfg) as (policy, env):
-        cells = {}
+        cells, ids = {}, env.problems("test")
         for cell in CELLS:
-            result = sample_cell(cfg, policy, env, cell, split="test", rollouts=cfg.eval_rollouts, ablates=True)
+            result = sample_cell(cfg, policy, env, cell, problems=ids, rollouts=cfg.eval_rollouts, ablates=True)
             cells[cell.name] = summary(result, env)
         return cells
 
