@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -198,6 +199,7 @@ def decision(jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | No
     return {"config": shared, "headline": HEADLINE, "base": base_cells, "runs": rows, "not_finished": missing}
 
 
+WIDTH = 132  # characters that the result table needs
 COLUMNS = ("arm", "seed", "access", "full hack", "full solve", "deploy hack", "deploy solve", "hint-free solve")
 MEASURED = ("gate AUROC (measured)", "qmass", "seconds")
 
@@ -240,12 +242,19 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
 def result_table(result: dict, seconds: dict[str, float]) -> Table:
     """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
     rows, notes = result_rows(result, seconds)
-    table = Table(title="held-out problems, held-out markers; % of rollouts [95 % interval]", caption=notes)
-    for column in (*COLUMNS, *MEASURED):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    title = "held-out problems, held-out markers; % of rollouts [95 % interval]"
+    table = Table(title=title, caption=notes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate((*COLUMNS, *MEASURED)):
+        widest = max(len(text) for text in [*column.split(), *(row[i] for row in rows)])
+        table.add_column(column, justify="right" if i else "left", min_width=widest)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_wide(table: Table, console: Console) -> None:
+    """Print a table at its own width, on a narrow terminal too: wrapped numbers are unreadable."""
+    console.print(table, width=max(console.width, WIDTH), crop=False)
 
 
 def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> None:
@@ -258,7 +267,7 @@ def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> N
     if seeds:
         result["runs"] = [run for run in result["runs"] if run["seed"] in seeds]
     if not markdown:
-        console.print(result_table(result, seconds))
+        print_wide(result_table(result, seconds), console)
         return
     rows, notes = result_rows(result, seconds)
     lines = [(*COLUMNS, *MEASURED), ["---"] * (len(COLUMNS) + len(MEASURED)), *rows]
@@ -293,7 +302,7 @@ def decide(
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
     timing = {"wall": round(time.monotonic() - begun, 1), "runs": seconds}
     (out / "timing.json").write_text(json.dumps(timing, indent=2) + "\n")
-    console.print(result_table(result, seconds))
+    print_wide(result_table(result, seconds), console)
     for name, code in sorted(codes.items()):
         if code:
             log = (out / f"{name}.log").read_text().strip().splitlines()
