@@ -11,7 +11,7 @@ import torch
 
 from vgrout.arms import ARMS
 from vgrout.engines.torch_engine import TorchEngine
-from vgrout.loop import Diverged, clip_blocks, collate, generate, micro_batches, plan_step, train
+from vgrout.loop import Diverged, backward, clip_blocks, collate, generate, micro_batches, plan_step, train
 from vgrout.method.gate import decide, uniform
 from vgrout.method.policy import Rows
 from vgrout.types import Graded, Prompt, Rollout
@@ -81,7 +81,7 @@ def test_sampler_and_trainer_agree(share):
     policy, rollouts = rollouts_of(replace(AFTER, deploy_gen_frac=share))
     batch = collate(rollouts, [0.0] * 8, policy.tokenizer.pad_token_id)
     with policy.adapter.state(rollouts[0].state):
-        logp, _ = policy.logp(Rows(batch.tokens, batch.completion, batch.length))
+        logp = policy.logp(Rows(batch.tokens, batch.completion, batch.length))
     assert torch.allclose(logp, batch.logp_old, atol=1e-4)
     assert batch.completion.sum() == sum(len(r.tokens) for r in rollouts)
 
@@ -100,6 +100,34 @@ def test_samples_do_not_depend_on_their_neighbours():
     both = tokens(prompts, [3, 2], u)
     assert both == tokens(prompts[:1], [3], u[:3]) + tokens(prompts[1:], [2], u[3:])
     assert len(set(both)) == 5
+
+
+@pytest.mark.parametrize("estimator", ["full", "k3"])
+def test_kl_term_of_the_step(estimator):
+    """Without advantages only the KL term is left: its gradient and its record against whole-sequence softmaxes."""
+    cfg = replace(AFTER, kl=0.3, kl_estimator=estimator)
+    policy, rollouts = rollouts_of(cfg)
+    batch = collate(rollouts, [0.0, 1.0] * 4, policy.tokenizer.pad_token_id)
+    on = batch.completion[:, 1:]
+
+    def log_probs():
+        return policy.model(input_ids=batch.tokens, use_cache=False).logits[:, :-1].log_softmax(-1)[on]
+
+    with torch.no_grad(), policy.adapter.reference():
+        base = log_probs()
+    now = log_probs()
+    drawn = batch.tokens[:, 1:][on][:, None]
+    d = (base - now).gather(1, drawn)
+    term = (d.exp() - d - 1) if estimator == "k3" else torch.nn.functional.kl_div(now, base.exp(), reduction="none")
+    parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
+    want = torch.autograd.grad(0.3 * term.sum() / (8 * cfg.max_new), parameters)
+    totals = backward(cfg, policy, batch, uniform(8, "absorb"), torch.zeros(8))
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        assert totals["kl"] == pytest.approx(float((now.exp() * (now - base)).sum()), rel=1e-3)
+        assert totals["entropy"] == pytest.approx(-float((now.exp() * now).sum()), rel=1e-3)
+        assert totals["tokens"] == len(now)
 
 
 def test_collate():

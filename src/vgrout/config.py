@@ -35,7 +35,7 @@ class Config:
     rank: int = 8
     """Rank R of each block."""
 
-    steps: int = 100
+    steps: int = 120
     """Optimizer steps, one batch of rollouts each."""
     prompts: int = 8
     """Prompts P per step."""
@@ -62,6 +62,8 @@ class Config:
     """Largest gradient norm of each block, by its own norm."""
     kl: float = 0.05
     """Weight of the KL term to the base model."""
+    kl_estimator: Literal["full", "k3"] = "full"
+    """KL term: KL(base || policy) over the whole vocabulary, or e^D - D - 1 of the token at hand."""
     clip_ratio: float = 0.2
     """Half-width of the ratio's clipping interval."""
     advantage: Literal["sd", "mean"] = "sd"

@@ -18,7 +18,7 @@ from torch import Tensor
 from vgrout.arms import ARMS, Bench
 from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
-from vgrout.method.loss import grpo_loss, live_groups, ratio
+from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import Policy, Rows, stack
 from vgrout.types import Batch, Decision, Environment, Observer, OracleBatch, Pair, Prompt, Rollout, RunFailed
 
@@ -132,22 +132,28 @@ def collate(rollouts: Sequence[Rollout], rewards: Sequence[float], pad: int) -> 
 def backward(
     cfg: Config, policy: Policy, batch: Batch, decision: Decision, advantage: Tensor
 ) -> dict[str, float]:
-    """Accumulate the step's gradients under the rows' masks; sums over tokens and the loss come back."""
+    """Accumulate the step's gradients under the rows' masks; the loss and sums over tokens come back.
+
+    `kl` among them is KL(policy || base), exact at each position, under the row's own mask.
+    """
     rows = Rows(batch.tokens, batch.completion, batch.length)
     live = live_groups(batch.reward, batch.group)
-    logp_ref = policy.reference_logp(rows) if cfg.kl else torch.zeros_like(batch.logp_old)
-    totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0}
+    totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
     for index in micro_batches(decision, batch.length, cfg.micro_batch):
         part = rows.take(index)
         width = part.tokens.shape[1]
+        with torch.no_grad(), policy.adapter.reference():
+            log_ref = policy.logits(part).log_softmax(-1)
         with policy.adapter.routed(decision.m[index], decision.d[index]):
-            logp, entropy = policy.logp(part, entropy=True)
-            ref = logp_ref[index, :width] if cfg.kl else logp.detach()
+            log_p = policy.logits(part).log_softmax(-1)
+            drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
+            logp = part.place(drawn)
             rho = ratio(cfg.ratio, logp, batch.logp_old[index, :width], batch.teacher[index], cfg.clip_ratio)
+            kl = k3(drawn, drawn_ref) if cfg.kl_estimator == "k3" else divergence(log_ref, log_p)
             loss, sums = grpo_loss(
                 logp,
                 rho,
-                ref,
+                part.place(kl),
                 part.completion,
                 advantage[index],
                 decision.weight[index],
@@ -161,7 +167,9 @@ def backward(
                 raise Diverged(f"loss {value} on rows {index.tolist()}")
             loss.backward()
         totals["loss"] += value
-        totals["entropy"] += float(entropy.sum())
+        with torch.no_grad():
+            totals["entropy"] -= float((log_p.exp() * log_p).sum())
+            totals["kl"] += float(divergence(log_p, log_ref).sum())
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
     return totals

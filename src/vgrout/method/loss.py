@@ -5,7 +5,8 @@
     D   = logp_ref - logp, rho = exp(logp - logp_old)
 Source: METHOD.md section 4. Deltas from canon: constant normaliser P G T_max (Dr. GRPO) instead of the completion's
 length; the reference is the model with its adapter skipped; a group without reward variance gives neither loss nor
-KL but still counts in the normaliser.
+KL but still counts in the normaliser. The KL term is e^D - D - 1 (`k3`), or KL(base || policy) in full, whose
+gradient is what that of k3 estimates, and which is bounded on rows that another block state sampled.
 """
 
 from __future__ import annotations
@@ -66,10 +67,26 @@ def ratio(
     return rho if kind != "truncated" else torch.where(rho > 1 + e, rho / rho.detach() * (1 + e), rho)
 
 
+def k3(logp: Float[Tensor, "*T"], logp_ref: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
+    """e^D - D - 1 of each token. An estimate of KL(policy || base) only where the policy itself drew the token:
+    e^D has no bound where it gives a token that another policy drew hardly any probability."""
+    gap = logp_ref - logp
+    return gap.exp() - gap - 1
+
+
+def divergence(log_a: Float[Tensor, "T V"], log_b: Float[Tensor, "T V"]) -> Float[Tensor, T]:
+    """KL(a || b) in nats over the whole vocabulary, at each of T positions.
+
+    The gradient of KL(base || policy) is the expectation of k3's under the policy, sum_v p_v grad k3_v, on any row,
+    whoever drew it; by the logits it is p - p_base, so no entry leaves [-1, 1].
+    """
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
 def grpo_loss(
     logp: Float[Tensor, "N L"],
     rho: Float[Tensor, "N L"],
-    logp_ref: Float[Tensor, "N L"],
+    kl: Float[Tensor, "N L"],
     completion: Bool[Tensor, "N L"],
     advantage: Float[Tensor, N],
     weight: Float[Tensor, N],
@@ -79,17 +96,17 @@ def grpo_loss(
     beta: float,
     denominator: float,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """The loss of some rows of a step, and sums over their tokens. `denominator` is P G T_max of the whole step."""
+    """The loss of some rows of a step, and sums over their tokens.
+
+    `kl` is the KL term of each token; `denominator` is P G T_max of the whole step.
+    """
     a = advantage[:, None]
     surrogate = torch.minimum(rho * a, rho.clamp(1 - e, 1 + e) * a)
-    gap = logp_ref - logp
-    kl = gap.exp() - gap - 1
     on = completion & live[:, None]
     per_row = torch.where(on, beta * kl - surrogate, torch.zeros_like(kl)).sum(1)
     loss = (weight * per_row).sum() / denominator
     with torch.no_grad():
         sums = {
-            "kl": float(kl[completion].sum()),
             "tokens": float(completion.sum()),
             "clipped": float((((rho - 1).abs() > e) & completion).sum()),
         }

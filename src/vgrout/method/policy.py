@@ -1,4 +1,4 @@
-"""The policy's forward passes: log-probabilities of completions, and c-gradients.
+"""The policy's forward passes: distributions and log-probabilities of completions, and c-gradients.
 
 c-probe (METHOD.md section 2): a virtual scale c = 1 between A and B of each module's deployed block, one row per
 rollout. Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output.
@@ -32,6 +32,15 @@ class Rows:
         width = int(self.length[index].max())
         return Rows(self.tokens[index, :width], self.completion[index, :width], self.length[index])
 
+    @property
+    def drawn(self) -> Int[Tensor, T]:
+        """The completion tokens, row by row."""
+        return self.tokens[self.completion]
+
+    def place(self, values: Float[Tensor, T]) -> Float[Tensor, "N L"]:
+        """One value per completion token, row by row, where those tokens stand; 0 elsewhere."""
+        return torch.zeros(self.tokens.shape, dtype=values.dtype).masked_scatter(self.completion, values)
+
 
 def stack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int) -> Rows:
     length = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
@@ -61,37 +70,14 @@ class Policy:
         """Row indices in micro-batches of similar length."""
         return list(torch.argsort(length, stable=True).split(self.micro_batch))
 
-    def logp(
-        self, rows: Rows, entropy: bool = False
-    ) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"] | None]:
-        """Log-probability in nats of every completion token under the adapter's present state, 0 elsewhere.
-
-        With `entropy`, also the entropy of the distribution that each of them was drawn from (no gradient).
-        """
+    def logits(self, rows: Rows) -> Float[Tensor, "T V"]:
+        """What every completion token of `rows`, row by row, was drawn from: logits / temperature."""
         hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
-        wanted = rows.completion[:, 1:]
-        logits = self.model.lm_head(hidden[:, :-1][wanted]).float() / self.temperature
-        nll = cross_entropy(logits, rows.tokens[:, 1:][wanted], reduction="none")
-        out = torch.zeros(rows.tokens.shape, dtype=nll.dtype)
-        full = torch.zeros_like(rows.completion)
-        full[:, 1:] = wanted
-        out = out.masked_scatter(full, -nll)
-        if not entropy:
-            return out, None
-        with torch.no_grad():
-            dist = logits.log_softmax(-1)
-            bits = torch.zeros_like(out).masked_scatter(full, -(dist.exp() * dist).sum(-1))
-        return out, bits
+        return self.model.lm_head(hidden[:, :-1][rows.completion[:, 1:]]).float() / self.temperature
 
-    @torch.no_grad()
-    def reference_logp(self, rows: Rows) -> Float[Tensor, "N L"]:
-        """Log-probabilities of the base model."""
-        out = torch.zeros(rows.tokens.shape)
-        with self.adapter.reference():
-            for index in self.chunks(rows.length):
-                part = rows.take(index)
-                out[index, : part.tokens.shape[1]] = self.logp(part)[0]
-        return out
+    def logp(self, rows: Rows) -> Float[Tensor, "N L"]:
+        """Log-probability in nats of every completion token under the adapter's present state, 0 elsewhere."""
+        return rows.place(-cross_entropy(self.logits(rows), rows.drawn, reduction="none"))
 
     def c_gradients(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
@@ -103,8 +89,7 @@ class Policy:
             for index in self.chunks(rows.length):
                 part = rows.take(index)
                 with self.adapter.probe(len(index)) as probes:
-                    logp, _ = self.logp(part)
-                    nll = -logp.sum(1) / part.completion.sum(1)
+                    nll = -self.logp(part).sum(1) / part.completion.sum(1)
                     grads = torch.autograd.grad(nll.sum(), list(probes.values()))
                 out[index] = torch.stack(grads, dim=1)
         return out

@@ -19,7 +19,7 @@ class Evidence:
 
 def gap(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference, relative to the largest absolute value of `b`."""
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+    return float((a - b).detach().abs().max() / b.abs().max().clamp(min=1e-30))
 
 
 def worst(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -23,7 +23,7 @@ from vgrout.lab.run import make_policy
 from vgrout.loop import rows_of_pairs
 from vgrout.method.direction import Direction, DirectionError, calibrate, haar, v_grad
 from vgrout.method.gate import POLICIES, decide
-from vgrout.method.loss import EPS, advantages, counted_rows, grpo_loss, live_groups, ratio
+from vgrout.method.loss import EPS, advantages, counted_rows, divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import Policy, Rows, stack
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Decision
@@ -92,9 +92,9 @@ def probe() -> Evidence:
                     off = max(off, gap(batched[i], formula(policy, row)))
             for context in (adapter.state(state), adapter.merged(state)):
                 with torch.no_grad(), context:
-                    plain = policy.logp(rows)[0]
+                    plain = policy.logp(rows)
                     with adapter.probe(n):
-                        values = values and torch.equal(policy.logp(rows)[0], plain)
+                        values = values and torch.equal(policy.logp(rows), plain)
     left = [p.grad for p in policy.model.parameters() if p.grad is not None and bool(p.grad.any())]
     ok = values and off < 1e-4 and alone < 1e-4 and smallest > 1e-6 and not left
     return Evidence(
@@ -113,11 +113,11 @@ def grpo_identity() -> Evidence:
     with policy.adapter.deployed():
         one = torch.tensor([1.0, -1.0] * 4)
         with policy.adapter.probe(8) as probes:
-            logp, _ = policy.logp(rows)
+            logp = policy.logp(rows)
             loss, _ = grpo_loss(
                 logp,
                 ratio("one", logp, torch.zeros_like(logp), torch.zeros(8, dtype=torch.bool), 0.2),
-                logp.detach(),
+                torch.zeros_like(logp),
                 rows.completion,
                 one,
                 torch.ones(8),
@@ -333,6 +333,21 @@ def by_hand_loss(case: dict, kind: str, e: float, beta: float, denominator: floa
     return total / denominator, slopes
 
 
+def kl_identity() -> float:
+    """Largest relative gap between the full KL and plain Python, and between its gradient and k3's expectation."""
+    generator = torch.Generator().manual_seed(6)
+    logits, base = (3 * torch.randn(4, 9, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    log_p, log_ref = logits.log_softmax(-1), base.log_softmax(-1)
+    p, q = log_p.exp().tolist(), log_ref.exp().tolist()
+    by_hand = [sum(b * math.log(b / a) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
+    full = divergence(log_ref, log_p)
+    (gradient,) = torch.autograd.grad(full.sum(), logits, retain_graph=True)
+    expected = (log_p.detach().exp() * k3(log_p, log_ref)).sum()
+    (estimated,) = torch.autograd.grad(expected, logits)
+    return max(gap(full, torch.tensor(by_hand)), gap(gradient, estimated))
+
+
 def loss() -> Evidence:
     rng, off, checked = random.Random(5), 0.0, 0
     n, width = 8, 5
@@ -364,7 +379,7 @@ def loss() -> Evidence:
                 value, _ = grpo_loss(
                     logp,
                     rho,
-                    torch.tensor(case["ref"]),
+                    k3(logp, torch.tensor(case["ref"])),
                     torch.tensor(case["completion"]),
                     got,
                     torch.tensor(case["weight"]),
@@ -380,9 +395,10 @@ def loss() -> Evidence:
                 hot = (rho - 1).abs() > 0.2 + 1e-6
                 signs = (got[:, None].expand_as(rho)[hot] > 0).tolist()
                 clipped_both |= set(zip((rho[hot] > 1).tolist(), signs, strict=True))
+    off = max(off, kl_identity())
     ok = off < 1e-4 and len(clipped_both) == 4
     return Evidence(
         ok,
-        f"{checked} losses, their gradients and 6 kinds of advantages: largest relative difference {off:.1e}; "
+        f"{checked} losses, their gradients, the full KL as expectation of k3 and 6 kinds of advantages: largest relative difference {off:.1e}; "
         f"ratios out of the interval on {len(clipped_both)} of 4 sides",
     )
