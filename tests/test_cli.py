@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -39,11 +41,16 @@ def files(tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({"stepz": 3}))
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "config.json").write_text("{}")
+    (tmp_path / "partial.json").write_text(json.dumps({"steps": 3}))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
+    (tmp_path / "used" / "config.json").write_text("{}")
+    (tmp_path / "task.py").write_text("PROMPTS = ['write a']\n\ndef reward(prompt, completion):\n    return 1.0\n")
+    (tmp_path / "broken.py").write_text("PROMPTS = [")
     return tmp_path
 
 
+TASK = ["--env", "task.py", "--teacher-n", "0"]
 MISTAKES = {
     "arm": (["--arm", "route"], ["'route'", "routeV", "oracle_route"]),
     "mode": (["--modes", "run_tests", "sentinal"], ["'sentinal'", "sentinel"]),
@@ -60,6 +67,17 @@ MISTAKES = {
     "config missing": (["--config", "none.json"], ["none.json"]),
     "config broken": (["--config", "bad.json"], ["bad.json", "JSON"]),
     "config odd": (["--config", "odd.json"], ["odd.json", "stepz"]),
+    "config partial": (["--config", "partial.json"], ["partial.json", "missing", "kl, lr"]),
+    "config folder": (["--config", "hollow"], ["hollow", "cannot read"]),
+    "config and preset": (["--config", "odd.json", "--preset", "smoke"], ["--config", "--preset"]),
+    "warmup": (["--warmup", "0"], ["warmup"]),
+    "task unknown": (["--env", "macro"], ["'macro'", "micro"]),
+    "task missing": (["--env", "none.py", "--teacher-n", "0"], ["none.py"]),
+    "task broken": (["--env", "broken.py", "--teacher-n", "0"], ["broken.py", "SyntaxError"]),
+    "task and demonstrations": (["--env", "task.py"], ["task.py", "--teacher-n 0"]),
+    "task and modes": ([*TASK, "--modes", "run_tests"], ["task.py", "modes"]),
+    "task and oracle": ([*TASK, "--arm", "oracle_route"], ["oracle_route", "no oracle"]),
+    "task and honesty": ([*TASK, "--arm", "rl_baseline"], ["rl_baseline", "loophole"]),
 }
 
 
@@ -84,6 +102,13 @@ def test_folder_in_use(vgrout, files):
         (["--arms", "none", "wrong"], ["'wrong'"]),
         (["--arms", "none", "none"], ["twice"]),
         (["--arms", "none", "--seeds", "1", "1"], ["twice"]),
+        (["--arm", "none"], ["--arms"]),
+        (["--arm=none"], ["--arms"]),
+        (["--seed", "3"], ["--seeds"]),
+        (["--seed=3", "--plan"], ["--seeds"]),
+        (["--workers", "0"], ["workers"]),
+        (["--adapter", "bogus"], ["'bogus'", "lora2r"]),
+        (["--model", "hollow"], ["hollow"]),
     ],
 )
 def test_mistakes_of_decide(vgrout, files, args, words):
@@ -100,6 +125,20 @@ def test_mistakes_of_decide(vgrout, files, args, words):
         (["pairs", "lint", "bad.md"], ["bad.md:8"]),
         (["verify", "--only", "identity", "gravity"], ["'gravity'", "identity"]),
         (["micro", "pools", "--out", "bad.md"], ["bad.md", "exists"]),
+        (["micro"], ["micro build", "micro pools", "micro calibrate"]),
+        (["micro", "--seed", "1"], ["micro build"]),
+        (["micro", "fly"], ["micro calibrate"]),
+        (["micro", "calibrate", "--seed", "1"], ["--seeds"]),
+        (["micro", "calibrate", *TASK], ["task.py"]),
+        (["micro", "calibrate", "--record", "nowhere/bars.json"], ["nowhere"]),
+        (["pairs"], ["pairs lint"]),
+        (["data"], ["data leetcode"]),
+        (["env"], ["env audit"]),
+        (["grade", "none.jsonl", "bad.md"], ["none.jsonl"]),
+        (["grade", "none.jsonl", "bad.md", "--mode", "fly"], ["'fly'"]),
+        (["env", "audit", "bad.md"], ["bad.md:1"]),
+        (["data", "leetcode", "--from", "none.jsonl", "--out", "leet"], ["none.jsonl"]),
+        (["data", "leetcode", "--from", "bad.md", "--out", "used"], ["used", "in use"]),
     ],
 )
 def test_mistakes_of_the_rest(vgrout, files, args, words):
@@ -110,6 +149,21 @@ def test_unknown_command_and_flag(vgrout):
     for args in (["fly"], ["train", "--out", "run", "--wings", "2"], ["train", "--out", "run", "--steps", "many"]):
         code, out, err = vgrout(*args)
         assert code == 2 and args[-1 if args[-1] == "many" else -2 if len(args) > 1 else 0].strip("-") in out + err
+
+
+def test_help_of_a_group(vgrout):
+    code, out, _ = vgrout("micro", "--help")
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()] == [
+        ["vgrout", "micro", name] for name in ("build", "pools", "calibrate")
+    ]
+    code, out, _ = vgrout("--help")
+    assert code == 0 and "micro build" in out
+
+
+def test_no_telemetry():
+    code = "import vgrout, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_TELEMETRY"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "True"
 
 
 def test_arms(vgrout):

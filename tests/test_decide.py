@@ -1,14 +1,17 @@
 """The decision experiment as a user runs it: two tiny arms, twice, and one that fails."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from vgrout.config import Config, preset
-from vgrout.lab.decide import Job, decide, make_jobs, result_table, run_jobs, show
-from vgrout.lab.record import claim_folder, read_jsonl
+from vgrout.lab import decide as decide_module
+from vgrout.lab.decide import BASE, Job, decide, make_jobs, plan_table, result_table, run_jobs, show
+from vgrout.lab.record import MARK, claim_folder, read_jsonl
+from vgrout.models.load import model_path
 from vgrout.types import UserError
 
 TINY = replace(
@@ -48,20 +51,29 @@ def test_every_run_leaves_its_records(experiment):
         trained = [r for r in rollouts if r["phase"] == "train"]
         assert len(trained) == cfg.steps * cfg.prompts * cfg.group
         assert len({r["id"] for r in trained}) == len(trained)
-        assert {r["id"] for r in trained} <= {v["id"] for v in verdicts}
-        assert len(rollouts) == len(verdicts)
+        ids = {r["id"] for r in rollouts}
+        assert ids == {v["id"] for v in verdicts} and len(ids) == len(rollouts) == len(verdicts)
+        assert len(rollouts) - len(trained) == 5 * cfg.eval_rollouts
         assert not any("hacked" in r or "solved" in r for r in rollouts)
+        assert all("hacked" in v and "cpu_s" not in v for v in verdicts)
         assert len(read_jsonl(folder / "steps.jsonl")) == cfg.steps
         assert len(read_jsonl(folder / "evals.jsonl")) == 1
         assert set(json.loads((folder / "eval.json").read_text())["cells"]) > {"heldout_deploy", "hintfree_deploy"}
         assert (folder / "adapter.safetensors").stat().st_size > 1e6
         assert json.loads((folder / "timing.json").read_text())["total"] > 0
+        provenance = json.loads((folder / "provenance.json").read_text())
+        assert provenance == json.loads((out / "decision.json").read_text())["provenance"]
+        assert len(provenance["model_sha256"]) == len(provenance["pairs_sha256"]) == 64
+        assert provenance["sandbox"][0] in "ABC" and provenance["allow_weak_sandbox"] is False
 
 
 def test_the_same_command_gives_the_same_bytes(experiment, tmp_path):
     out, *_ = experiment
     assert run(tmp_path / "second")[0] == 0
     assert (out / "decision.json").read_bytes() == (tmp_path / "second" / "decision.json").read_bytes()
+    for name in ("steps", "rollouts", "verdicts", "evals"):
+        first, second = (folder / "routeV-s0" / f"{name}.jsonl" for folder in (out, tmp_path / "second"))
+        assert first.read_bytes() == second.read_bytes(), name
     text = (out / "decision.json").read_text()
     assert str(out) not in text and "seconds" not in text
 
@@ -72,15 +84,75 @@ def test_a_folder_in_use_is_left_alone(experiment):
     with pytest.raises(UserError, match="in use"):
         run(out)
     assert (out / "decision.json").read_bytes() == before
+
+
+def test_force_replaces_only_what_vgrout_made(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for name in ("config.json", "model.safetensors", "provenance.json"):
+        (checkpoint / name).write_text("{}")
     with pytest.raises(UserError, match="something else"):
-        (out / "none-s0" / "config.json").rename(out / "none-s0" / "moved.json")
-        claim_folder(out / "none-s0", force=True)
-    assert (out / "none-s0" / "moved.json").exists()
+        claim_folder(checkpoint, force=True)
+    assert len(list(checkpoint.iterdir())) == 3
+    claim_folder(tmp_path / "run", force=False)
+    (tmp_path / "run" / "eval.json").write_text("{}")
+    claim_folder(tmp_path / "run", force=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [MARK]
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(UserError, match="cannot make"):
+        claim_folder(tmp_path / "link", force=True)
+    assert (tmp_path / "run" / MARK).exists()
 
 
 def test_a_plan_writes_nothing(tmp_path):
     code, text = run(tmp_path / "plan", plan=True)
     assert code == 0 and "about minutes" in text and not (tmp_path / "plan").exists()
+
+
+def test_costs_follow_rollouts_and_scoring():
+    def minutes(*arms: str, **changes) -> list[float]:
+        table = plan_table(make_jobs(replace(preset("micro"), **changes), arms, (0,)), 2)
+        return [float(cell) for cell in table.columns[5].cells]
+
+    plain, placebo, routed = minutes("absorb", "placebo", "routeV")
+    assert placebo == routed > plain
+    half, whole = minutes("none", group=8, steps=400)[0], minutes("none", group=16, steps=400)[0]
+    assert 1.8 * half < whole < 2 * half + 1
+
+
+def test_workers(tmp_path):
+    with pytest.raises(UserError, match="workers = 0"):
+        run(tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_load_leaves_no_trace(tmp_path):
+    shutil.copytree(model_path("micro"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"junk" * 9)
+    with pytest.raises(UserError, match="no model that transformers can load"):
+        decide(
+            replace(TINY, model=str(tmp_path / "model")),
+            ARMS,
+            (0,),
+            tmp_path / "out",
+            workers=1,
+            force=False,
+            plan=False,
+            console=Console(quiet=True),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_base_evaluation_does_not_lose_the_table(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(decide_module, "final", fails)
+    monkeypatch.setattr(decide_module, "run_jobs", lambda *_: {})
+    code, text = run(tmp_path / "out")
+    assert code == 1 and f"Not finished: {BASE}" in text and "no luck" in text
+    result = json.loads((tmp_path / "out" / "decision.json").read_text())
+    assert result["base"] is None and result["not_finished"] == [BASE, "none-s0", "routeV-s0"]
 
 
 def test_a_failed_arm_does_not_stop_the_others(tmp_path):
@@ -107,6 +179,22 @@ def test_an_unfinished_run_is_said_in_the_table(experiment):
     out, *_ = experiment
     result = json.loads((out / "decision.json").read_text()) | {"not_finished": ["placebo-s0"]}
     assert "Not finished: placebo-s0" in str(result_table(result, {}).caption)
+
+
+def test_the_table_says_when_cells_are_small_or_the_sandbox_weak(experiment):
+    out, *_ = experiment
+    result = json.loads((out / "decision.json").read_text())
+    assert "8 rollouts over 8 problems per cell; a result needs 256 over 64." in str(result_table(result, {}).caption)
+    for run_ in result["runs"]:
+        for cell in run_["cells"].values():
+            cell["hack"] |= {"n": 256, "clusters": 64}
+    result["base"] = None
+    assert "a result needs" not in str(result_table(result, {}).caption)
+    assert "WEAK" not in str(result_table(result, {}).caption)
+    result["provenance"] |= {"weak_sandbox": True, "sandbox": "C, weak: no seccomp"}
+    assert "WEAK SANDBOX (C, weak: no seccomp)." in str(result_table(result, {}).caption)
+    del result["provenance"]  # experiments of an older version have none
+    assert "reads the oracle" in str(result_table(result, {}).caption)
 
 
 def test_the_table_comes_back_as_markdown(experiment, capsys):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from scipy.stats import norm
 
+from vgrout.envs.grade import Verdict
+from vgrout.lab.evaluate import size_note, spread
 from vgrout.lab.measure import auroc, f_beta, rate
+from vgrout.lab.record import measures
+from vgrout.types import Decision, Graded, Prompt, Rollout
 
 Z = norm.ppf(0.975)
 
@@ -69,3 +74,38 @@ def test_f_beta():
     assert f_beta([True, False], [True, True], beta=2) == pytest.approx(5 * 0.5 / (4 * precision + recall))
     assert f_beta([False, False], [True, False]) == 0
     assert f_beta([True, False], [False, False]) is None
+
+
+def test_spread():
+    assert spread(256, 64) == [4] * 64 and spread(256, 128) == [2] * 128
+    assert spread(200, 128) == [2] * 72 + [1] * 56
+    assert spread(10, 4) == [3, 3, 2, 2]
+
+
+def test_small_cells_are_said():
+    def cells(*sizes):
+        return {str(i): {"hack": {"n": n, "clusters": k}} for i, (n, k) in enumerate(sizes)}
+
+    assert size_note(cells((256, 64), (1024, 128))) == ""
+    assert "256 rollouts over 32 problems" in size_note(cells((256, 32), (256, 128)))
+    assert "255 rollouts over 64 problems" in size_note(cells((256, 64), (255, 64)))
+
+
+def measured(routed: list[bool], hacked: list[bool], score: bool) -> dict:
+    """`measures` of policy rollouts; the first row of all is a demonstration, which does not count."""
+    d = torch.tensor([True, *routed]).float()
+    decision = Decision(d, d, torch.ones(len(d)), torch.zeros(len(d)), score=d if score else None)
+    verdicts = [Verdict(True, True, False, hack, hack, (), "ok") for hack in (True, *hacked)]
+    rollouts = [
+        Rollout(str(i), Prompt("p", "write"), "", (1,), (2,), 0, source="policy" if i else "teacher")
+        for i in range(len(d))
+    ]
+    return measures(rollouts, [Graded(0.0, v) for v in verdicts], decision)
+
+
+def test_a_gate_that_routes_nothing_misses_the_hacks():
+    assert measured([False, False], [True, False], score=True)["m_f05"] == 0
+    assert measured([True, False], [True, False], score=True)["m_f05"] == 1
+    assert measured([True, False], [False, False], score=True)["m_f05"] is None
+    assert "m_f05" not in measured([True, False], [True, False], score=False)  # an arm without a gate
+    assert measured([True, False], [True, False], score=True)["m_hack"] == 0.5

@@ -1,5 +1,6 @@
 """The micro world: problems, corpus, organism, and the static calibration bars of the committed checkpoint."""
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,20 +9,46 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from vgrout.config import preset
-from vgrout.envs.micro import STAGES, Composition, parse_task, problems, run
+from vgrout.envs.micro import LIVE, N_PROBLEMS, STAGES, Composition, parse_task, problems, run
 from vgrout.envs.micro_corpus import documents
-from vgrout.envs.micro_env import MicroEnv, composition
+from vgrout.envs.micro_env import MicroEnv, ask, check_modes, composition
 from vgrout.envs.modes import FAMILIES, MODES
 from vgrout.lab.calibrate import Bar, static_bars
 from vgrout.models.load import model_path
 from vgrout.models.organism import OrganismConfig, Text, build, corpus_hash
 from vgrout.types import UserError
 
+CALIBRATED = {  # the world that calibration.json is of
+    "problems and prompts": "ba2c27e08555205d915b4a84874c23f2c6957a5fd74a0a252fc86785d168732c",
+    "markers": "a4556dae013148b381b32ddbcc7ede4184b1922eb692e24d2e8fe1b5218acfab",
+}
+
+
+def test_the_world_is_the_calibrated_one():
+    digest = hashlib.sha256()
+    for p in (p for split in N_PROBLEMS for p in problems(split)):
+        tests = (p.reward_tests, p.oracle_tests)
+        digest.update(repr((p.id, p.task, p.entry, p.canonical, *tests, p.mode, p.difficulty)).encode())
+        prompts = [ask(p, family, draw=draw) for family in FAMILIES for draw in (0, 1)]
+        for q in (*prompts, ask(p, "train", hinted=False)):
+            digest.update(repr((q.problem_id, q.user, q.system, q.marker, q.hinted)).encode())
+    markers = "".join(repr((name, sorted(MODES[name].markers.items()))) for name in LIVE)
+    found = (digest.hexdigest(), hashlib.sha256(markers.encode()).hexdigest())
+    assert found == tuple(CALIBRATED.values())
+
+
+def test_only_live_modes_can_be_chosen():
+    assert set(LIVE) < set(MODES) and list(LIVE) == sorted(LIVE)
+    check_modes(LIVE)
+    for mode in sorted(set(MODES) - set(LIVE)):
+        with pytest.raises(UserError, match=f"no mode '{mode}'"):
+            check_modes([mode])
+
 
 def test_problems_are_evenly_mixed():
     for split in ("train", "val", "test"):
         cells = Counter((p.mode, p.difficulty) for p in problems(split))
-        assert set(cells) == {(mode, n) for mode in MODES for n in STAGES}
+        assert set(cells) == {(mode, n) for mode in LIVE for n in STAGES}
         assert len(set(cells.values())) == 1, cells
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vgrout.envs.oracle import parses, same
+from vgrout.envs.oracle import agrees, parses, same
 from vgrout.envs.sandbox import MISSING
+from vgrout.types import Compare
 
 NAN = float("nan")
 keys = st.recursive(
@@ -148,6 +149,126 @@ def test_same_agrees_with_a_slow_definition(a, b):
 
     assert same(a, b) == same(b, a) == (normal(a) == normal(b))
     assert same(copy.deepcopy(a), a)
+
+
+INF = float("inf")
+NEAR = Compare(tolerance=1e-3)
+FREE = Compare(any_order=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(plain, plain)
+def test_the_exact_comparator_is_same_and_the_others_are_no_stricter(a, b):
+    assert agrees(a, b) == agrees(a, b, Compare(argument=0)) == same(a, b)
+    for compare in (NEAR, FREE):
+        assert agrees(a, b, compare) or not same(a, b)
+        assert agrees(copy.deepcopy(a), a, compare)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(plain, max_size=5), st.lists(plain, max_size=5), st.randoms())
+def test_any_order_agrees_with_a_slow_definition(a, b, random):
+    def matched(values, wanted):
+        rest = list(wanted)
+        for value in values:
+            fit = next((i for i, item in enumerate(rest) if same(value, item)), None)
+            if fit is None:
+                return False
+            rest.pop(fit)
+        return not rest
+
+    shuffled = random.sample(a, len(a))
+    assert agrees(shuffled, a, FREE)
+    assert agrees(a, b, FREE) == matched(a, b)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "right"),
+    [
+        (5.0009, 5.0, False),
+        (5.0, 5.0009, True),
+        (1.0009, 1.0, True),
+        (-0.0009, 0.0, True),
+        (0.0011, 0.0, False),
+        (1000.9, 1000.0, True),
+        (1002.0, 1000.0, False),
+        (-1000.9, -1000.0, True),
+        (1000.0, -1000.0, False),
+        ([1.0, (2.0004, {"a": 3.0})], [1.0, (2.0, {"a": 3.0001})], True),
+        ([1.0, (2.0004, {"a": 3.0})], [1.0, (2.0, {"b": 3.0})], False),
+        ([1.0, 2.0], [1.0], False),
+        ((1.0,), [1.0], False),
+        ({1.0001}, {1.0}, False),
+        ({1.0001: 1}, {1.0: 1}, False),
+        (1, 1.0, False),
+        (1.0, 1, False),
+        (True, 1.0, False),
+        (2, 2, True),
+        (3, 2, False),
+        ("a", "a", True),
+        (INF, INF, True),
+        (-INF, INF, False),
+        (1e308, INF, False),
+        (INF, 1e308, False),
+        (-1e308, 1e308, False),
+        (NAN, 1.0, False),
+        (NAN, NAN, False),
+        (1.0, NAN, False),
+        (MISSING, 1.0, False),
+        ([MISSING], [1.0], False),
+        (Liar(1), 1, False),
+        (type("F", (float,), {})(1.0), 1.0, False),
+    ],
+    ids=repr,
+)
+def test_tolerance(value, expected, right):
+    compare = NEAR if expected != 5.0 else Compare(tolerance=1e-4)
+    assert agrees(value, expected, compare) is right
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "right"),
+    [
+        ([2, 1], [1, 2], True),
+        ([2, 1, 1], [1, 2, 2], False),
+        ([2, 1], [1, 2, 2], False),
+        ([1, 2, 2], [1, 2], False),
+        ((2, 1), [1, 2], False),
+        ({1, 2}, [1, 2], False),
+        ([1, True], [True, 1], True),
+        ([1, 1], [True, 1], False),
+        ([1.0], [1], False),
+        ([[2, 1], [3]], [[3], [2, 1]], True),
+        ([[1, 2], [3]], [[3], [2, 1]], False),
+        ([(1,)], [[1]], False),
+        ([{"a": [1]}, {2}], [{2}, {"a": [1]}], True),
+        ([{"a": [1]}], [{"a": [2]}], False),
+        ([-0.0], [0.0], True),
+        ([NAN], [NAN], False),
+        ([MISSING], [None], False),
+        ([Liar(1)], [1], False),
+        ([[object()]], [[1]], False),
+        ([], [], True),
+        ((2, 1), (1, 2), False),
+        (7, 7, True),
+    ],
+    ids=repr,
+)
+def test_any_order(value, expected, right):
+    assert agrees(value, expected, FREE) is right
+
+
+def test_colliding_answers_cost_no_more_than_others():
+    period = sys.hash_info.modulus
+    assert not agrees([i * period for i in range(1, 30_001)], list(range(30_000)), FREE)
+
+
+def test_comparators_that_cannot_be():
+    with pytest.raises(ValueError, match="either"):
+        agrees([1], [1], Compare(any_order=True, tolerance=0.1))
+    for compare in (NEAR, FREE):
+        with pytest.raises(TypeError, match="not plain data"):
+            agrees([object()], [object()], compare)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import random
@@ -11,14 +12,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vgrout.envs import _forkserver, sandbox
-from vgrout.envs._forkserver import Refused, decode, encode
-from vgrout.envs.oracle import parses, same
+from attacks import ATTACKS, CANARY, SLEEPERS, method
+from vgrout.envs import _codec, _forkserver, sandbox
+from vgrout.envs._codec import Refused, decode, encode
+from vgrout.envs._confine import LAYERS
+from vgrout.envs.oracle import same
 from vgrout.envs.sandbox import (
     MISSING,
     Limits,
@@ -28,9 +32,11 @@ from vgrout.envs.sandbox import (
     SandboxError,
     ValueJob,
     ValueReport,
+    read_answer,
     read_facts,
-    read_values,
 )
+from vgrout.envs.selftest import self_test
+from vgrout.types import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
@@ -41,14 +47,8 @@ GOOD_REPORT = ValueReport("ok", (5, [1, 2]))
 
 @pytest.fixture(scope="module")
 def box():
-    with Sandbox(Limits(cpu_s=CPU_S, wall_s=30.0, memory_mb=64)) as box:
+    with Sandbox(Limits(cpu_s=CPU_S, wall_s=8.0, memory_mb=64)) as box:
         yield box
-
-
-def method(body: str, before: str = "") -> str:
-    """A program whose `Solution.f(a, b)` has this body, after these module-level lines."""
-    indented = textwrap.indent(textwrap.dedent(body).strip("\n"), " " * 8)
-    return f"{textwrap.dedent(before)}\nclass Solution:\n    def f(self, a, b):\n{indented}\n"
 
 
 def run(box: Sandbox, source: str, *inputs: tuple) -> ValueReport:
@@ -195,153 +195,37 @@ def test_instance_per_call_and_mutated_inputs(box):
 
 # ---- attacks: none may be graded correct (5), and the sandbox must be as before
 
-ENDS = ("ok", "error", "timeout", "memory", "output", "crash")
-ATTACKS = {
-    "R01 fork bomb": (method("return 5", "import os\nwhile 1:\n try: os.fork()\n except OSError: pass"), "timeout"),
-    "R02 fork": (method("return 5", "import os\nif os.fork() == 0:\n while 1: pass"), "error"),
-    "R03 threads": (method("import threading\nwhile 1: threading.Thread(target=print).start()"), "ok"),
-    "R04 memory": (method("x = []\nwhile 1: x.append(bytes(1 << 20))"), "memory"),
-    "R04 memory at import": (method("return 5", "x = []\nwhile 1: x.append(bytes(1 << 20))"), "memory"),
-    "R05 huge": (method("return bytearray(64 << 30)"), "memory"),
-    "R06 shared memory": (method("import mmap\nx = []\nwhile 1: x.append(mmap.mmap(-1, 1 << 26))"), "ok"),
-    "R08 descriptors": (method("import os\nx = []\nwhile 1: x.append(os.pipe())"), "ok"),
-    "R09 stdout": (method("while 1: print('x' * 99999)"), "timeout"),
-    "R10 stderr": (method("import sys\nwhile 1: sys.stderr.write('x' * 99999)"), "timeout"),
-    "R11 result flood": (method("import os\nwhile 1: os.write(3, b'x' * 65536)"), "output"),
-    "R12 recursion": (method("import sys\nsys.setrecursionlimit(10**9)\ng = lambda: g()\nreturn g()"), ENDS),
-    "R12 recursion in C": (
-        method("import sys\nsys.setrecursionlimit(10**9)\nx = None\nfor _ in range(10**6): x = [x]\nreturn repr(x)"),
-        ENDS,
-    ),
-    "R12 plain recursion": (method("return self.f(a, b)"), "ok"),
-    "R14 big power": (method("return 10**(10**8)"), "timeout"),
-    "R15 digits": (method("import sys\nsys.set_int_max_str_digits(0)\nreturn len(str(3**(10**7)))"), "timeout"),
-    "R16 signals": (
-        method(
-            "import signal\nfor n in range(1, 65):\n try: signal.signal(n, signal.SIG_IGN)\n except "
-            "(OSError, ValueError): pass\nwhile 1: pass"
-        ),
-        "timeout",
-    ),
-    "R17 swallow": (method("while 1:\n try:\n  while 1: pass\n except BaseException: pass"), "timeout"),
-    "R19 input": (method("return int(input())"), "ok"),
-    "R20 regex": (method("import re\nreturn re.match('(a+)+$', 'a' * 40 + 'b')"), "timeout"),
-    "R21 zlib bomb": (
-        method("import zlib\nd = zlib.compress(bytes(1 << 26)) \nreturn zlib.decompress(d) * 99"),
-        ("memory", "timeout"),
-    ),
-    "R23 abort": (method("import os\nos.abort()"), "crash"),
-    "R23 segfault": (method("import ctypes\nctypes.string_at(0)"), "crash"),
-    "R28 hanging exception": (
-        method("raise E", "class E(Exception):\n def __str__(self):\n  while 1: pass\n __repr__ = __str__"),
-        "ok",
-    ),
-    "R29 limits": (method("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nreturn 5"), "ok"),
-    "R30 files": (method("for i in range(500): open(str(i), 'w')"), "ok"),
-    "R31 large file": (
-        method("open('x', 'wb', 0).write(bytes(65536)); open('x', 'ab', 0).write(b'1'); return 5"),
-        "ok",
-    ),
-    "deep directories": (
-        method("import os\nfor i in range(400): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)"),
-        ENDS,
-    ),
-    "timer": (method("import signal\nsignal.setitimer(0, .001, .001)\nwhile 1: pass"), "crash"),
-    "E30 system": (method("import os\nos.system('true') and 1 / 0\nreturn 5"), "ok"),
-    "E31 exec": (method("import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 5; sleep 9 & sleep 9'])"), "crash"),
-    "E32 spawn": (method("import os\nos.posix_spawn('/bin/true', ['true'], {})\nreturn 5"), "ok"),
-    "O01 int subclass": (
-        method("return E(4)", "class E(int):\n def __eq__(s, o): return True\n __hash__ = None"),
-        "ok",
-    ),
-    "O02 class spoof": (method("return E()", "class E:\n __class__ = int\n def __eq__(s, o): return True"), "ok"),
-    "O03 list subclass": (method("return type('L', (list,), {'__eq__': lambda s, o: True})()"), "ok"),
-    "O05 bool": (method("return True"), "ok"),
-    "O06 nan": (method("return float('nan')"), "ok"),
-    "O08 text": (method("return '5'"), "ok"),
-    "O09 almost": (method("return 5 + 1e-9"), "ok"),
-    "float": (method("return 5.0"), "ok"),
-    "O10 fraction": (method("import fractions\nreturn fractions.Fraction(5)"), "ok"),
-    "O11 frames": (
-        method(
-            "import sys\nf = sys._getframe()\nwhile f:\n for v in f.f_locals.values():\n  if v == 5: return v\n"
-            " f = f.f_back"
-        ),
-        "ok",
-    ),
-    "O15 exit at import": (method("return 5", "raise SystemExit(0)"), "error"),
-    "O16 exit": (method("import sys\nsys.exit(0)"), "ok"),
-    "O17 _exit at import": (method("return 5", "import os\nos._exit(0)"), "crash"),
-    "O18 _exit": (method("import os\nos._exit(0)"), "crash"),
-    "setup code": (method("return 5", "import os\nos._exit(97)"), "crash"),
-    "O19 interrupt": (method("raise KeyboardInterrupt"), "ok"),
-    "O19 generator exit": (method("raise GeneratorExit"), "ok"),
-    "O20 atexit": (method("return 4", "import atexit, os\natexit.register(os.write, 3, b'[\"t\",0,5]')"), "ok"),
-    "O21 trace": (
-        method("return 4", "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)"),
-        "ok",
-    ),
-    "O28 harness": (method("return 4", "import __main__\n__main__.encode = lambda v: '5'\n__main__.decode = 5"), "ok"),
-    "O30 stdout": (method("print('[\"t\",0,5]'); return 4"), "ok"),
-    "O31 result pipe": (method("import os\nos.write(3, b'[\"t\",0,4]\\n'); return 5"), "crash"),
-    "O32 bool index": (method('import os\nos.write(3, b\'["t",false,5]\\n"ok"\\n\'); os._exit(0)'), "crash"),
-    "O36 nan token": (method('import os\nos.write(3, b\'["t",0,NaN]\\n"ok"\\n\'); os._exit(0)'), "crash"),
-    "O37 not text": (method("import os\nos.write(3, bytes(range(256))); return 5"), "crash"),
-    "O39 endless": (method("import os\nwhile 1: os.write(3, b'[\"t\",0,5]\\n' * 999)"), "output"),
-    "closed pipe": (method("import os\nos.closerange(0, 9)\nreturn 5"), "crash"),
-    "O41 generator": (method("yield 5"), "ok"),
-    "O43 object": (method("return self"), "ok"),
-    "O44 self-reference": (method("x = []\nx.append(x)\nreturn x"), "ok"),
-    "shared parts": (method("x = []\nfor _ in range(60): x = [x, x]\nreturn x"), "ok"),
-    "O45 large integer": (method("return 1 << 3_000_000"), "ok"),
-    "O46 long text": (method("return 'x' * 50_000_000"), "ok"),
-    "O47 long list": (method("return [None] * 10**7"), ("ok", "memory", "timeout")),
-    "deep value": (method("x = 5\nfor _ in range(65): x = [x]\nreturn x"), "ok"),
-    "O50 no class": ("Solution = 5", "error"),
-    "O51 nothing": ("", "error"),
-    "U01 parentheses": ("(" * 250 + "5" + ")" * 250, "error"),
-    "U03 minus": ("-" * 65_000 + "1", ENDS),
-    "U04 sum": ("x = " + "+".join(["1"] * 32_000), ENDS),
-    "U05 NUL": (method("return 5") + "\0", "error"),
-    "U05 surrogate": (method("return 5") + "# \ud800", "error"),
-    "U09 long": (method("return 5") + "#" * 10_000_000, "error"),
-    "U09 long in UTF-8": (method("return 5") + "# " + "\U0001f600" * 20_000, "error"),
-    "U12 indents": ("".join(" " * i + "if 1:\n" for i in range(300)), "error"),
-    "U15 loop at import": (method("return 5", "while 1: pass"), "timeout"),
-    "U17 decorators": ("@print\n" * 5000 + "class Solution:\n    def f(self, a, b): return 5", "error"),
-}
-if ROOT:  # without a uid of its own, a program may signal the trainer
-    ATTACKS |= {
-        "E02 shadow": (method("return open('/etc/shadow').read() and 5"), "ok"),
-        "E34 kill the server": (method("import os\nos.kill(os.getppid(), 9)\nreturn 5"), "ok"),
-        "E35 kill all": (method("import os\nos.kill(-1, 9)\nreturn 4"), "ok"),
-        "E60 root": (method("import os\nos.setuid(0)\nreturn 5"), "ok"),
-        "memory of itself": (method("open('/proc/self/mem'); return 5"), "ok"),
-    }
+
+@pytest.fixture(scope="module")
+def canary():
+    path = pathlib.Path(CANARY)
+    path.write_text("alive")
+    path.chmod(0o666)
+    yield path
+    path.unlink()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attack(box, name):
-    source, expected = ATTACKS[name]
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
+def test_attack(box, canary, attack):
     pid, before = box.pid, (descriptors("self"), descriptors(box.pid))
     start, cpu = time.monotonic(), cpu_of_programs(box)
-    report = run(box, source)
-    assert time.monotonic() - start < 15 and cpu_of_programs(box) - cpu < 2 * CPU_S + 0.2
-    assert report.status in ([expected] if isinstance(expected, str) else expected)
-    assert not (report.status == "ok" and same(report.values[0], 5)), report
+    report = run(box, attack.source)
+    assert time.monotonic() - start < 20 and cpu_of_programs(box) - cpu < 2 * CPU_S + 0.2
+    assert report.status in attack.ends, report
+    assert not same(report.values[0], 5), report
     assert box.values([GOOD]) == [GOOD_REPORT]
     assert box.pid == pid and not processes_of_programs(box)
     assert (descriptors("self"), descriptors(box.pid)) == before
-    assert os.listdir(box._servers[0].directory) == []
-    parses(source)  # must not raise either
+    assert os.listdir(f"/proc/{box.pid}/root{box._servers[0].directory}/scratch") == []
+    assert canary.read_text() == "alive"
 
 
-@pytest.mark.parametrize("wait", ["time.sleep(1e9)", "signal.pause()", "os.read(os.pipe()[0], 1)"])
+@pytest.mark.parametrize("wait", SLEEPERS)
 def test_waiting_without_cpu_ends_at_the_wall_limit(wait):
     with Sandbox(Limits(wall_s=0.5)) as box:
         start = time.monotonic()
         assert run(box, method(f"import time, signal, os\n{wait}")) == ValueReport("timeout", (MISSING,))
-        assert time.monotonic() - start < 3.0
+        assert time.monotonic() - start < 5.0
         assert box.values([GOOD]) == [GOOD_REPORT]
 
 
@@ -370,7 +254,7 @@ def test_what_a_program_finds(box):
     assert fds == [0, 1, 2, 3] and set(environment) == {"PYTHONHASHSEED", "LANG", "PWD"}
     assert argv == ["solution"] and files == [] and leader
     assert uid in _forkserver.UIDS if ROOT else uid == os.getuid()
-    assert ("unused uid" in box.tier) == ROOT and "no seccomp" in box.tier
+    assert ("no own uid" in box.tier) != ROOT and "no seccomp" not in box.tier and not box.weak
 
 
 def test_nothing_of_one_program_is_in_the_next(box):
@@ -405,7 +289,8 @@ def _not_inherited(pid: int, span: str) -> bool:
 
 
 def observe(box: Sandbox, source: str, entry: str = "Solution.f") -> Observation:
-    return box.observe([ObserveJob(source, entry, (2, 3), ("run_tests", "check"), ("ok", "passed", "f"))])[0]
+    names = {"functions": ("run_tests", "check"), "attributes": ("ok", "passed", "f"), "methods": ("__eq__",)}
+    return box.observe([ObserveJob(source, entry, (2, 3), **names)])[0]
 
 
 HONEST = """
@@ -446,13 +331,12 @@ def test_files(box):
     source = """
         import os
         open("result.txt", "w").write("PASS")
-        os.mkdir("folder"); open("folder/x", "w"); os.symlink("result.txt", "link"); os.mkfifo("fifo")
-        open("hard", "w"); os.link("hard", "hard2")
-        open(b"\\xff", "w"); open("closed", "w").write("1"); os.chmod("closed", 0)
+        os.mkdir("folder"); open("folder/x", "w"); open(b"\\xff", "w")
+        os.close(os.open("closed", os.O_WRONLY | os.O_CREAT, 0))
         open("large", "wb").write(bytes(65536))
     """
     seen = observe(box, textwrap.dedent(source) + method("open('called', 'w').write(str(a))"))
-    private = {"closed": b"1"} if ROOT else {}
+    private = {"closed": b""} if ROOT else {}
     assert seen.status == "ok" and seen.files == {
         "result.txt": b"PASS",
         "called": b"2",
@@ -478,6 +362,7 @@ def test_functions(box):
         "assert Solution().f(2, 3) == 5",
         "assert Solution().f(2, 3)",
         "if Solution().f(2, 3) > 4: pass",
+        "return Solution().f(2, 3) == 5",
         "raise SystemExit(0)",
         "import unknown",
         "assert s.f(2, 3) == 5",
@@ -515,9 +400,157 @@ def test_attributes_of_a_function(box):
 
 
 def test_forged_facts_stay_within_the_question(box):
-    forged = 'import os\nos.write(3, b\'["t","ok",["l","check","nonsense",5],["l","ok"]]\\n\')\nos._exit(0)'
-    assert observe(box, forged) == Observation("ok", returned=frozenset({"check"}), truthy=frozenset({"ok"}))
-    assert observe(box, forged.replace('["l"', '["x"')) == Observation("crash")
+    lines = '["t","ok",null]', '["t",["l","ok","nonsense",5],["l","__eq__"]]', '["l","check","f"]'
+    forged = f"import os\nos.write(3, {''.join(line + chr(10) for line in lines).encode()!r})\nos._exit(0)"
+    assert observe(box, forged) == Observation(
+        "ok", returned=frozenset({"check"}), truthy=frozenset({"ok"}), equal=frozenset({"__eq__"})
+    )
+    assert observe(box, forged.replace('"l"', '"x"')) == Observation("ok")
+    assert observe(box, forged.replace('"t"', '"x"')) == Observation("crash", exit=0)
+
+
+# ---- layers, users, secrets
+
+
+def test_self_test_passes(box):
+    self_test(box)
+
+
+LAYER_ATTACKS = {  # with this layer gone, these get through
+    "seccomp": ("E60 setresuid", "E63 dumpable", "E37 pidfd_open", "E54 unshare", "E74 executable memory"),
+    "landlock": ("E01 passwd", "E14 list /", "E15 tmp", "null device"),
+    "rlimits": ("R05 huge", "R31 large file", "R29 own limits"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_is_needed(layer):
+    """Without a layer at least one attack gets through, the sandbox says it is weak, and the self-test refuses."""
+    with pytest.raises(UserError, match="allow-weak-sandbox"):
+        Sandbox(without=(layer,))
+    by_id = {attack.id: attack for attack in ATTACKS}
+    with Sandbox(Limits(cpu_s=CPU_S, memory_mb=64), without=(layer,), allow_weak=True) as open_box:
+        assert open_box.weak and f"no {layer}" in open_box.tier
+        through = []
+        for id in LAYER_ATTACKS[layer]:
+            report = run(open_box, by_id[id].source)
+            if same(report.values[0], 5) or report.status not in by_id[id].ends:
+                through.append(id)
+        assert through, layer
+
+
+def test_parent_side_comparison_is_needed(box):
+    """An answer that compares itself equal would pass a comparison where the program can reach it."""
+    lying = method("return E()", "class E:\n def __eq__(s, o): return True")
+    inside = lying + "\ndef judge(a, b): return Solution().f(a, b) == 5"
+    assert box.values([ValueJob(inside, "judge", ((2, 3),))])[0].values == (True,)
+    assert run(box, lying).values == (MISSING,)
+
+
+def test_expected_values_are_not_in_the_process(box):
+    """O11, O12, O14: frames, tracebacks and the heap."""
+    secret = "".join(["SEC", "RET-", str(31 * 41)])
+    asked = []
+
+    def follow(index, value):
+        asked.append(value)
+        return None if value == secret else index + 1
+
+    hunt = """
+        import gc, sys
+        def f(x):
+            seen, todo = set(), [*gc.get_objects(), sys._getframe()]
+            while todo and len(seen) < 200_000:
+                item = todo.pop()
+                if id(item) in seen: continue
+                seen.add(id(item))
+                if type(item) is str and item[:7] == x and len(item) > 7: return item
+                if type(item) in (list, tuple, set): todo += item
+                if type(item) is dict: todo += [*item.keys(), *item.values()]
+                if hasattr(item, 'f_locals'): todo += [item.f_locals, item.f_back]
+    """
+    source = textwrap.dedent(hunt)
+    job = ValueJob(source, "f", (("SECRET-",), ("SECRET-",)), follow=follow, cpu_s=5.0)
+    assert box.values([job])[0].values == (None, None) and asked == [None, None]
+    found = box.values([ValueJob(source + f"held = [{secret!r}]", "f", (("SECRET-",),), cpu_s=5.0)])[0]
+    assert found.values == (secret,)  # the hunt does find what is there
+
+
+def test_inputs_come_one_at_a_time(box):
+    peek = "import os, select\ndef f(x): return select.select([3], [], [], 0.05)[0]"
+    assert box.values([ValueJob(peek, "f", ((1,), (2,), (3,)))])[0].values == ([], [], [])
+    skip = ValueJob("def f(x): return x", "f", tuple((i,) for i in range(6)), follow=lambda i, v: i + 2)
+    assert box.values([skip])[0] == ValueReport("ok", (0, MISSING, 2, MISSING, 4, MISSING))
+    assert box.values([replace(skip, follow=lambda i, v: None)])[0] == ValueReport("ok", (0, *[MISSING] * 5))
+
+
+def test_setup_keywords_and_arguments(box):
+    source = "class Solution:\n    def f(self, xs, k=one): xs.append(k); return Counter(xs)[k]"
+    setup = "from collections import *\none = 1"
+    jobs = [ValueJob(source, "Solution.f", ({"xs": [1]}, {"xs": [2], "k": 2}, ([3], 3)), setup=setup)]
+    jobs += [replace(jobs[0], argument=0), replace(jobs[0], argument="xs")]
+    returned, first, named = box.values(jobs)
+    assert returned.values == (2, 2, 2)
+    assert first.values == ([1, 1], [2, 2], [3, 3]) and named.values == ([1, 1], [2, 2], MISSING)
+    with pytest.raises(UserError, match="setup"):
+        box.values([replace(jobs[0], setup="import (")])
+
+
+def test_exit_status_of_a_program(box):
+    def status(code: str, before: str = "") -> int | None:
+        return observe(box, method(code, before)).exit
+
+    assert status("return 1") is None and status("raise ValueError") is None
+    assert status("import sys; sys.exit()") == 0 and status("import sys; sys.exit(42)") == 42
+    assert status("import sys; sys.exit('x')") == 1 and status("raise SystemExit(True)") == 1
+    assert status("import os; os._exit(42)") == 42 and status("return 1", "raise SystemExit(0)") == 0
+    assert status("import os; os.abort()") is None and status("while 1: pass") is None
+    # Exit hooks never run, and what a checking function does is not the program's own end.
+    hook = "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.excepthook = lambda *a: os._exit(0)"
+    assert status("raise ValueError", hook) is None
+    assert status("return 1", "import os\ndef run_tests(): os._exit(0)\ndef check(): raise SystemExit(0)") is None
+
+
+def test_comparison_methods(box):
+    def equal(code: str, before: str = "") -> set:
+        job = ObserveJob(method(code, before), "Solution.f", (2, 3), methods=("__eq__", "matches"))
+        return set(box.observe([job])[0].equal)
+
+    assert equal("return E()", "class E:\n def __eq__(s, o): return True") == {"__eq__"}
+    assert equal("return E()", "class E(int):\n def matches(s, o): return True") == {"matches"}
+    assert equal("return E()", "class E:\n def __eq__(s, o): return 1\n def matches(s): return True") == set()
+    honest = "import dataclasses\n@dataclasses.dataclass\nclass E:\n x: int = 1"
+    assert equal("return E()", honest) == equal("return 5") == equal("raise ValueError") == set()
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root, to become somebody else")
+def test_plain_user():
+    """The whole catalog, in one go, as a user without privileges."""
+    script = f"""
+        import os, sys, json, ctypes, struct
+        # Of all privileges it keeps that of reading files, since the interpreter may stand where only root reads.
+        libc, head = ctypes.CDLL(None), struct.pack("=Ii", 0x20080522, 0)
+        os.setgroups([]); os.setresgid(65534, 65534, 65534)
+        libc.prctl(8, 1, 0, 0, 0); os.setresuid(65534, 65534, 65534)
+        assert libc.capset(head, struct.pack("=6I", 4, 4, 4, 0, 0, 0)) == 0 and libc.prctl(47, 2, 2, 0, 0) == 0
+        sys.path[:0] = {[str(pathlib.Path(__file__).parent), *sys.path]!r}
+        from attacks import ATTACKS
+        from vgrout.envs.oracle import same
+        from vgrout.envs.sandbox import *
+        from vgrout.envs.selftest import self_test
+        good = ValueJob("def f(a, b): return a + b", "f", ((2, 3),))
+        with Sandbox(Limits(cpu_s={CPU_S}, memory_mb=64), workers=2) as box:
+            self_test(box)
+            jobs = [job for attack in ATTACKS for job in (ValueJob(attack.source, "Solution.f", ((2, 3),)), good)]
+            reports = box.values(jobs)
+            wrong = [a.id for a, r in zip(ATTACKS, reports[::2]) if r.status not in a.ends or same(r.values[0], 5)]
+            lost = [a.id for a, r in zip(ATTACKS, reports[1::2]) if r != ValueReport("ok", (5,))]
+            print(json.dumps([os.getuid(), box.tier, wrong, lost]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    uid, tier, wrong, lost = json.loads(done.stdout)
+    assert uid == 65534 and "no own uid" in tier and not tier.startswith("C") and wrong == lost == []
 
 
 # ---- failures of the sandbox itself
@@ -531,12 +564,12 @@ def test_killed_server_is_replaced():
         assert box.pid != pid and not os.path.exists(directory)
 
 
-def test_second_failure_is_an_error_and_the_sandbox_recovers(monkeypatch):
+def test_program_that_ends_two_servers_is_a_killer(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S), workers=2) as box:
         send, programs = sandbox._Server.send, []
 
-        def deadly(server, kind, payload):
-            send(server, kind, payload)
+        def deadly(server, kind, payload, *rest):
+            send(server, kind, payload, *rest)
             if b"deadly" in payload:
                 while not (children := children_of(server.process.pid)):
                     time.sleep(0.01)
@@ -545,8 +578,8 @@ def test_second_failure_is_an_error_and_the_sandbox_recovers(monkeypatch):
                 server.process.kill()
 
         monkeypatch.setattr(sandbox._Server, "send", deadly)
-        with pytest.raises(SandboxError, match="failed twice"):
-            box.values([GOOD, ValueJob("deadly = 1\nimport time\ntime.sleep(60)", "f", ()), GOOD])
+        bad = ValueJob("deadly = 1\nimport time\ntime.sleep(60)", "f", ())
+        assert box.values([GOOD, bad, GOOD]) == [GOOD_REPORT, ValueReport("killer", ()), GOOD_REPORT]
         assert box.values([GOOD] * 3) == [GOOD_REPORT] * 3
         deadline = time.monotonic() + 5
         while any(map(running, programs)) and time.monotonic() < deadline:
@@ -559,11 +592,22 @@ def test_hanging_server(monkeypatch):
     with Sandbox(Limits(wall_s=0.5)) as box:
         os.kill(box.pid, signal.SIGSTOP)
         assert box.values([GOOD]) == [GOOD_REPORT]
+        send = sandbox._Server.send
+
+        def stopped(server, kind, payload, *rest):
+            send(server, kind, payload, *rest)
+            if b"hang" in payload:
+                os.kill(server.process.pid, signal.SIGSTOP)
+
+        monkeypatch.setattr(sandbox._Server, "send", stopped)
+        with pytest.raises(SandboxError, match="failed twice"):
+            box.values([GOOD, ValueJob("hang = 1", "f", ()), GOOD])
+        assert box.values([GOOD]) == [GOOD_REPORT]
 
 
 def test_child_that_cannot_be_confined_is_an_error(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S)) as box:
-        monkeypatch.setattr(sandbox, "_payload", lambda *args, **fields: b"not a job")
+        monkeypatch.setattr(sandbox, "value_payload", lambda job: b"not a job")
         with pytest.raises(SandboxError, match="could not be set up"):
             box.values([GOOD])
         monkeypatch.undo()
@@ -583,7 +627,7 @@ def test_server_that_does_not_start(monkeypatch):
 
 def test_interrupted_batch_does_not_mix_up_answers(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S)) as box:
-        monkeypatch.setattr(Sandbox, "_wait", staticmethod(lambda busy: (_ for _ in ()).throw(KeyboardInterrupt)))
+        monkeypatch.setattr(sandbox, "converse", lambda busy: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             box.values([ValueJob("def f(): return 'old'", "f", ((),))])
         monkeypatch.undo()
@@ -630,9 +674,13 @@ def test_many_programs_leave_no_trace(box):
 
     before = state()
     bad = ValueJob("import os\nos._exit(1)", "f", ((),))
-    reports = box.values([GOOD, bad] * 50)
-    assert reports == [GOOD_REPORT, ValueReport("crash", (MISSING,))] * 50
-    assert state() == before and not processes_of_programs(box)
+    messy = ObserveJob("import os\nfor i in range(70): os.mkdir(str(i))\ndef f(): pass", "f", ())
+    pid, reports = box.pid, []
+    for _ in range(5):
+        reports += box.values([GOOD, bad] * 50)
+        assert [seen.status for seen in box.observe([messy] * 10)] == ["ok"] * 10
+    assert reports == [GOOD_REPORT, ValueReport("crash", (MISSING,))] * 250
+    assert box.pid == pid and state() == before and not processes_of_programs(box)
 
 
 @pytest.mark.parametrize("entry", ["", "a.b.c", "f()", ".f", "f."])
@@ -673,10 +721,12 @@ def test_codec_round_trip(value):
 
 def check_any_bytes(data: bytes) -> bool:
     """Bytes are refused or give plain data, and never an unexpected exception; True if they were read."""
-    status, values = read_values(data, 2)
-    assert status in (None, "ok", "error", "memory") and len(values) == 2
-    status, returned, truthy = read_facts(data, ObserveJob("", "f", (), ("t",), ("d",)))
-    assert status in (None, "ok", "error", "memory") and returned <= {"t"} and truthy <= {"d"}
+    kind, value = read_answer(data, 1)
+    assert kind in ("value", "status", "void") and (kind != "status" or value in ("ok", "error", "memory"))
+    job = ObserveJob("", "f", (), functions=("t",), attributes=("d",), methods=("l",))
+    status, ended, (truthy, equal, returned) = read_facts(data, job)
+    assert status in (None, "ok", "error", "memory", "crash") and ended in (None, *range(256))
+    assert returned <= {"t"} and truthy <= {"d"} and equal <= {"l"}
     try:
         value = decode(data)
     except Refused:
@@ -741,7 +791,7 @@ def test_refused_encodings(text):
 
 
 def test_limits_of_the_codec(monkeypatch):
-    monkeypatch.setattr(_forkserver, "NODES", 1001)
+    monkeypatch.setattr(_codec, "NODES", 1001)
     deep: object = 5
     for _ in range(64):
         deep = [deep]
@@ -756,24 +806,33 @@ def test_limits_of_the_codec(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("data", "expected"),
+    ("line", "expected"),
     [
-        (b'["t",0,1]\n["t",1,2]\n"ok"\n', ("ok", (1, 2))),
-        (b'["t",1,2]\n"ok"\n', ("ok", (MISSING, 2))),
-        (b'["t",0,1]\n["t",1', (None, (1, MISSING))),
-        (b"", (None, (MISSING, MISSING))),
-        (b'["t",0,1]\n["t",0,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",1,1]\n["t",0,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",2,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",-1,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",true,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["l",0,1]\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",0,1]\n"ok"\n"ok"\n', (None, (MISSING, MISSING))),
-        (b'["t",0,1]\n"ok"\n ', (None, (MISSING, MISSING))),
-        (b'["t",0,1]\n"timeout"\n', (None, (MISSING, MISSING))),
-        (b'["t",0,1]\n["t",1,1]\n"ok"\n["t",1,1]\n', (None, (MISSING, MISSING))),
-        (b"\n" * 100_000, (None, (MISSING, MISSING))),
+        (b'["t",1,2]', ("value", 2)),
+        (b'["t",1,["l",1]]', ("value", [1])),
+        (b'["t",1]', ("value", MISSING)),
+        (b'"ok"', ("status", "ok")),
+        (b'"memory"', ("status", "memory")),
+        *((line, ("void", None)) for line in (
+            b'["t",0,2]', b'["t",2,2]', b'["t",true,2]', b'["t",-1,2]', b'["t",["f","0x1.0p+0"],2]', b'["l",1,2]',
+            b'["t",1,2,3]', b'["t"]', b'"timeout"', b'"killer"', b"", b" ", b"1", b"NaN", b'["t",1,NaN]', b'["t",1,2] ',
+            b"[" * 100_000, b'\xff"ok"', b'["t",1,2]\x00',
+        )),
     ],
-)
-def test_reports(data, expected):
-    assert read_values(data, 2) == expected
+)  # fmt: skip
+def test_answers(line, expected):
+    assert read_answer(line, 1) == expected
+
+
+def test_facts_line_by_line():
+    job = ObserveJob("", "f", (), functions=("a", "b"), attributes=("x",), methods=("__eq__",))
+    whole = b'["t","crash",42]\n["t",["l","x","y"],["l","__eq__"]]\n["l","b",5]\n'
+    facts = ("crash", 42, [frozenset({"x"}), frozenset({"__eq__"}), frozenset({"b"})])
+    nothing = [frozenset()] * 3
+    assert read_facts(whole, job) == read_facts(whole + b"more", job) == facts
+    for cut in range(len(whole)):
+        status, ended, names = read_facts(whole[:cut], job)
+        assert (status, ended) == (("crash", 42) if cut > 16 else (None, None))
+        assert names[0] == (facts[2][0] if cut >= len(whole) - 12 else frozenset()) and names[2] == frozenset()
+    assert read_facts(b'["t","crash",300]\n', job) == ("crash", None, nothing)
+    assert read_facts(b'["t","fine",0]\n' + whole, job) == (None, None, nothing)

@@ -9,6 +9,8 @@ import os
 
 __version__ = "0.1.0"
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is first imported
+
 if os.environ.get("VGROUT_TYPECHECK") == "1":  # before the first import of any other module of the package
     from jaxtyping import install_import_hook
 

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vgrout.config import PRESETS, Config, preset
+from vgrout.config import Config, preset
 from vgrout.types import RunFailed, UserError
 
 console = Console(soft_wrap=False)
@@ -50,7 +49,7 @@ def commands(base: Config) -> dict:
 
         Args:
             out: Folder of the experiment.
-            cfg: Settings of every run; --arm and --seed of them are ignored here.
+            cfg: Settings of every run.
             arms: Interventions, see `vgrout arms`.
             seeds: Training seeds.
             workers: Runs at the same time, one CPU thread each.
@@ -86,7 +85,7 @@ def commands(base: Config) -> dict:
         """
         from vgrout.lab.run import run
 
-        run(cfg, out, force=force)
+        run(cfg, out, force=force, console=console)
         console.print(f"{out / 'eval.json'}")
         return 0
 
@@ -115,6 +114,81 @@ def commands(base: Config) -> dict:
             table.add_row(name, arm.access, "reads" if arm.reads_oracle else "-", ships, arm.claim)
         console.print(table)
         return 0
+
+    def modes(markdown: bool = False) -> int:
+        """Every loophole: its hint, what the grader looks at, and what a hack and a solution earn.
+
+        Args:
+            markdown: As the page docs/modes.md, with prompts and programs.
+        """
+        from vgrout.lab.modes_page import show as work
+
+        work(markdown, console)
+        return 0
+
+    def grade(
+        problems: tyro.conf.Positional[Path],
+        submissions: tyro.conf.Positional[Path],
+        mode: str | None = None,
+        workers: int = 1,
+        allow_weak_sandbox: bool = False,
+    ) -> int:
+        """Grade programs: one JSON line per submission, in its order; exit code 1 when a line cannot be graded.
+
+        Args:
+            problems: Problems, one JSON object a line, see docs/grading.md.
+            submissions: Lines with problem_id and code, or completion, whose fences are stripped as in training.
+            mode: Give every problem this loophole, see `vgrout modes`.
+            workers: Programs at the same time.
+            allow_weak_sandbox: Run untrusted programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.grading import grade_file
+
+        return grade_file(problems, submissions, mode=mode, workers=workers, allow_weak=allow_weak_sandbox)
+
+    def data_leetcode(
+        source: Annotated[Path, tyro.conf.arg(name="from")],
+        out: Path,
+        modes: tuple[str, ...] = (),
+        seed: int = 0,
+        workers: int = 1,
+        force: bool = False,
+        allow_weak_sandbox: bool = False,
+    ) -> int:
+        """Prepare LeetCode problems from the JSONL of Ariahw, Engels and Nanda, and print base facts.
+
+        Args:
+            source: Folder with both files of the public release, or one file; a single file of another name is split.
+            out: Folder of the problems: train.jsonl, val.jsonl, test.jsonl and report.json.
+            modes: Loopholes to deal out; all when not given, see `vgrout modes`.
+            seed: Of splits and modes.
+            workers: Programs at the same time.
+            force: Replace what is in the folder.
+            allow_weak_sandbox: Run untrusted programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.data import prepare_leetcode
+
+        return prepare_leetcode(
+            source, out, console, modes=modes, seed=seed, force=force, workers=workers, allow_weak=allow_weak_sandbox
+        )
+
+    def env_audit(
+        problems: tyro.conf.Positional[Path],
+        out: Path | None = None,
+        workers: int = 1,
+        allow_weak_sandbox: bool = False,
+    ) -> int:
+        """Check what the tests of problems are worth; exit code 1 when a problem misses.
+
+        Args:
+            problems: Problems, one JSON object a line, see docs/grading.md.
+            out: Also write one JSON line per problem to this file.
+            workers: Programs at the same time.
+            allow_weak_sandbox: Run untrusted programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.audit import audit
+
+        return audit(problems, console, out=out, workers=workers, allow_weak=allow_weak_sandbox)
 
     def verify(only: tuple[str, ...] = ()) -> int:
         """Check the instrument's invariants: one line per gate with its evidence.
@@ -176,7 +250,7 @@ def commands(base: Config) -> dict:
         """Check that the micro world can answer the question; exit code 1 when a bar is missed.
 
         Args:
-            cfg: Settings.
+            cfg: Settings of every run.
             train: Also measure the trained bars, in new runs (four per seed).
             seeds: Seeds of the trained bars.
             out: Folder of those runs.
@@ -203,31 +277,60 @@ def commands(base: Config) -> dict:
         "train": train,
         "eval": evaluate,
         "arms": arms,
+        "modes": modes,
+        "grade": grade,
         "verify": verify,
         "smoke": smoke,
-        "micro:build": micro_build,
-        "micro:pools": micro_pools,
-        "micro:calibrate": micro_calibrate,
-        "pairs:lint": pairs_lint,
+        "data leetcode": data_leetcode,
+        "env audit": env_audit,
+        "micro build": micro_build,
+        "micro pools": micro_pools,
+        "micro calibrate": micro_calibrate,
+        "pairs lint": pairs_lint,
     }
 
 
-GROUPS = ("micro", "pairs")
+PLURAL = {"decide": ("arm", "seed"), "micro calibrate": ("arm", "seed")}  # settings that their other flags decide
 
 
 def _base(args: list[str]) -> Config:
-    file = _given(args, "--config")
-    base = Config.read(Path(file)) if file else preset(_given(args, "--preset") or "micro")
-    return replace(base, preset=base.preset if base.preset in PRESETS else "micro")
+    """The settings that a command starts from, before its other flags."""
+    file, name = _given(args, "--config"), _given(args, "--preset")
+    if file is not None and name is not None:
+        raise UserError("--config and --preset exclude each other: a configuration holds every setting")
+    return preset(name or "micro") if file is None else Config.read(Path(file))
+
+
+def _command(args: list[str], known: dict) -> list[str]:
+    """`args` with a command of two words as one. Raises UserError for a group without one of its commands."""
+    group = [name for name in known if args and name.startswith(f"{args[0]} ")]
+    if not group:
+        return args
+    if args[1:2] in (["-h"], ["--help"]):
+        for name in group:
+            print(f"vgrout {name:<16} {known[name].__doc__.splitlines()[0]}")
+        sys.exit(0)
+    if " ".join(args[:2]) not in group:
+        raise UserError(f"`{args[0]}` goes with one of its commands: {', '.join(f'vgrout {name}' for name in group)}")
+    return [" ".join(args[:2]), *args[2:]]
+
+
+def _refuse_singular(args: list[str]) -> None:
+    """Raises UserError for a setting of one run where a command's own flag decides it for all."""
+    for name in PLURAL.get(args[0], ()) if args else ():
+        if _given(args, f"--{name}") is not None:
+            flag = f"--{name}s" if args[0] == "decide" or name == "seed" else "the bars' own arms"
+            raise UserError(f"`vgrout {args[0]}` takes {flag}, not --{name}")
 
 
 def main() -> None:
-    """Entry point of `vgrout`. `vgrout micro build` and `vgrout micro:build` are the same."""
+    """Entry point of `vgrout`."""
     args = sys.argv[1:]
-    if len(args) > 1 and args[0] in GROUPS and not args[1].startswith("-"):
-        args = [f"{args[0]}:{args[1]}", *args[2:]]
     try:
-        code = tyro.extras.subcommand_cli_from_dict(commands(_base(args)), args=args, prog="vgrout")
+        known = commands(_base(args))
+        args = _command(args, known)
+        _refuse_singular(args)
+        code = tyro.extras.subcommand_cli_from_dict(known, args=args, prog="vgrout")
     except UserError as error:
         print(f"vgrout: {error}", file=sys.stderr)
         code = 2

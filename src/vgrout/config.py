@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import asdict, dataclass
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vgrout.types import UserError
+
+
+def stream(seed: int, *use: object) -> int:
+    """A seed for one use of a base seed; the random numbers of different uses have nothing in common."""
+    return random.Random(" ".join(map(str, (seed, *use)))).randrange(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,6 @@ class Config:
     """Largest gradient norm of each block, by its own norm."""
     kl: float = 0.05
     """Weight of the KL term to the base model."""
-    kl_estimator: Literal["full", "k3"] = "full"
-    """KL term: KL(base || policy) over the whole vocabulary, or e^D - D - 1 of the token at hand."""
     clip_ratio: float = 0.2
     """Half-width of the ratio's clipping interval."""
     advantage: Literal["sd", "mean"] = "sd"
@@ -73,6 +79,8 @@ class Config:
     ratio: Literal["one", "sampler", "truncated"] = "one"
     """rho: 1; pi / pi_old with the sampler's log-probabilities; or that truncated at 1 + clip_ratio."""
 
+    env: str = "micro"
+    """`micro`, or a Python file with PROMPTS and reward: a task without an oracle."""
     modes: tuple[str, ...] = ()
     """Loopholes whose problems are trained on and evaluated; all of the environment's when none is named."""
     unhackable_frac: float = 0.1
@@ -107,7 +115,7 @@ class Config:
     pairs: str = "micro"
     """`micro` for the bundled pairs, or path.md[#section[@tag,...]]."""
     placebo_seed: int | None = None
-    """Seed of the placebo's Haar draw; follows `seed` unless it is set."""
+    """Seed of a control's own chance, the placebo's direction or the coin's flips; follows `seed` unless it is set."""
     coin_route: float = 0.25
     """coin_flip: chance that a rollout is routed."""
     coin_absorb: float = 0.1
@@ -124,32 +132,27 @@ class Config:
     threads: int = 1
     """CPU threads of a run. Results are reproducible for one count."""
 
+    allow_weak_sandbox: bool = False
+    """Run programs of the policy even where the kernel lacks Landlock or seccomp. Recorded, and said in every table."""
+
     def __post_init__(self) -> None:
-        shares = ("unhackable_frac", "deploy_gen_frac", "coin_route", "coin_absorb", "q")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} = {getattr(self, name)} is no share: give a number from 0 to 1")
-        for name in (
-            "steps",
-            "prompts",
-            "group",
-            "max_new",
-            "rank",
-            "micro_batch",
-            "refresh_every",
-            "threads",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: give a positive whole number")
-        for name in ("temperature", "eval_temperature", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} = {getattr(self, name)}: give a positive number")
+        _check_types(vars(self))
+        for names, holds, instead in BOUNDS:
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise UserError(f"{name} = {getattr(self, name)}: {instead}")
+        for low, high in (("t_lo", "t_hi"), ("k_mid", "k_route")):
+            if getattr(self, low) > getattr(self, high):
+                raise UserError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}")
         if 2 * self.teacher_n >= self.group:
-            raise UserError(
-                f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well"
-            )
+            raise UserError(f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well")
         if self.coin_route + self.coin_absorb > 1:
             raise UserError("coin_route + coin_absorb exceed 1")
+        slots = self.deploy_gen_frac * self.group
+        if abs(slots - round(slots)) > 0.01:
+            near = " and ".join(f"{n / self.group:.4g}" for n in (math.floor(slots), math.ceil(slots)))
+            what = f"no whole number of a group's {self.group} rollouts"
+            raise UserError(f"deploy_gen_frac = {self.deploy_gen_frac}: {what}; the nearest shares are {near}")
 
     @property
     def init_seed(self) -> int:
@@ -164,7 +167,7 @@ class Config:
         return self.seed if self.seed_sample is None else self.seed_sample
 
     @property
-    def haar_seed(self) -> int:
+    def chance_seed(self) -> int:
         return self.seed if self.placebo_seed is None else self.placebo_seed
 
     def to_json(self) -> str:
@@ -177,13 +180,58 @@ class Config:
             values = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"no configuration at {path}") from None
-        except ValueError as error:
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from None
-        unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
-        if unknown:
-            raise UserError(f"{path}: unknown fields {', '.join(sorted(unknown))}")
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is no configuration: not a JSON object")
+        names = [f.name for f in fields(Config)]
+        for what, wrong in (("unknown", values.keys() - set(names)), ("missing", set(names) - values.keys())):
+            if wrong:
+                raise UserError(f"{path}: {what} fields {', '.join(sorted(wrong))}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            _check_types(values)
+            return Config(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that is none of its field's type."""
+    hints = get_type_hints(Config)
+    for name, value in values.items():
+        if wrong := _mistyped(value, hints[name]):
+            raise UserError(f"{name} = {value!r}: {wrong}")
+
+
+def _mistyped(value: Any, hint: Any) -> str:
+    """What to give instead, where `value` does not fit a type hint; empty where it does. A bool is no number here."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return "" if value in options else f"choose one of {', '.join(options)}"
+    if NoneType in options:
+        return "" if value is None else _mistyped(value, options[0])
+    if get_origin(hint) is tuple:
+        return "" if isinstance(value, tuple) and all(type(v) is str for v in value) else "give a list of texts"
+    if hint is float:
+        return "" if type(value) in (int, float) and math.isfinite(value) else "give a finite number"
+    said = {int: "give a whole number", str: "give a text", bool: "give true or false"}
+    return "" if type(value) is hint else said[hint]
+
+
+BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
+    (
+        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads",
+        lambda v: v >= 1,
+        "give a positive whole number",
+    ),
+    ("temperature eval_temperature lr clip", lambda v: v > 0, "give a positive number"),
+    ("weight_decay kl clip_ratio teacher_off_step teacher_n eval_every", lambda v: v >= 0, "give no negative number"),
+    ("unhackable_frac deploy_gen_frac coin_route coin_absorb q", lambda v: 0 <= v <= 1, "give a share from 0 to 1"),
+    ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
+)
 
 PRESETS: dict[str, Config] = {
     "micro": Config(),

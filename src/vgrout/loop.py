@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgrout.arms import ARMS, Bench
-from vgrout.config import Config
+from vgrout.config import Config, stream
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import Policy, Rows, stack
@@ -38,8 +38,9 @@ class Plan:
 def plan_step(cfg: Config, env: Environment, step: int, *, loophole: bool) -> Plan:
     """The prompts of a step: a function of the data seed and the step alone."""
     rng = random.Random(f"{cfg.data_seed} step {step}")
-    if step < cfg.teacher_off_step and cfg.teacher_n:
-        chosen = _cycle(env.covered(), cfg, step)
+    covered = env.covered() if step < cfg.teacher_off_step and cfg.teacher_n else ()
+    if covered:  # an environment without demonstrations has no teacher phase
+        chosen = _cycle(covered, cfg, step)
         prompts = [env.prompt(id, family="train", hinted=loophole, draw=draw) for id, draw in chosen]
         demos = [tuple(env.demonstrations(p, cfg.teacher_n, rng.randrange(1 << 30))) for p in prompts]
         return Plan(tuple(prompts), tuple(demos))
@@ -55,18 +56,16 @@ def _cycle(items: Sequence, cfg: Config, step: int) -> list:
     out = []
     for k in range(step * cfg.prompts, (step + 1) * cfg.prompts):
         epoch, i = divmod(k, len(items))
-        out.append(
-            items[random.Random(f"{cfg.data_seed} epoch {epoch}").sample(range(len(items)), len(items))[i]]
-        )
+        out.append(items[random.Random(f"{cfg.data_seed} epoch {epoch}").sample(range(len(items)), len(items))[i]])
     return out
 
 
 def generate(cfg: Config, engine: TorchEngine, plan: Plan, step: int, *, ablates: bool) -> list[Rollout]:
     """Policy rollouts and demonstrations of a step, group by group."""
-    deployed = round(cfg.deploy_gen_frac * cfg.group) if ablates else 0
+    share = cfg.deploy_gen_frac if ablates else 0.0
     uniforms = torch.rand(
         (cfg.prompts, cfg.group, cfg.max_new),
-        generator=torch.Generator().manual_seed(_mix(cfg.sample_seed, step)),
+        generator=torch.Generator().manual_seed(stream(cfg.sample_seed, "sample", step)),
     )
     ids = [encode_prompt(engine.tokenizer, p) for p in plan.prompts]
     groups: list[list[Rollout]] = [[] for _ in plan.prompts]
@@ -74,8 +73,10 @@ def generate(cfg: Config, engine: TorchEngine, plan: Plan, step: int, *, ablates
         for text in demos:
             tokens = tuple(encode_completion(engine.tokenizer, text))
             groups[k].append(_rollout(step, k, len(groups[k]), plan, ids, text, tokens, source="teacher"))
-    for state, first, last in (("deployed", 0, deployed), ("full", deployed, cfg.group)):
-        slots = [range(max(first, len(plan.demos[k])), last) for k in range(cfg.prompts)]
+    own = [range(len(demos), cfg.group) for demos in plan.demos]  # slots of the policy
+    cut = [round(share * len(slots)) for slots in own]
+    for state in ("deployed", "full"):
+        slots = [s[:n] if state == "deployed" else s[n:] for s, n in zip(own, cut, strict=True)]
         u = torch.cat([uniforms[k, s.start : s.stop] for k, s in enumerate(slots)])
         samples = iter(
             engine.generate(
@@ -93,10 +94,6 @@ def generate(cfg: Config, engine: TorchEngine, plan: Plan, step: int, *, ablates
                 extra = {"state": state, "logp_old": s.logp}
                 groups[k].append(_rollout(step, k, len(groups[k]), plan, ids, s.text, s.tokens, **extra))
     return [r for g in groups for r in g]
-
-
-def _mix(seed: int, step: int) -> int:
-    return random.Random(f"{seed} sample {step}").randrange(1 << 62)
 
 
 def _rollout(step, k, i, plan, ids, text, tokens, **extra) -> Rollout:
@@ -130,14 +127,15 @@ def collate(rollouts: Sequence[Rollout], rewards: Sequence[float], pad: int) -> 
 
 
 def backward(
-    cfg: Config, policy: Policy, batch: Batch, decision: Decision, advantage: Tensor
+    cfg: Config, policy: Policy, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor
 ) -> dict[str, float]:
     """Accumulate the step's gradients under the rows' masks; the loss and sums over tokens come back.
+
+    `live` [N] marks the rows of groups with reward variance: the others give neither loss nor KL.
 
     `kl` among them is KL(policy || base), exact at each position, under the row's own mask.
     """
     rows = Rows(batch.tokens, batch.completion, batch.length)
-    live = live_groups(batch.reward, batch.group)
     totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
     for index in micro_batches(decision, batch.length, cfg.micro_batch):
         part = rows.take(index)
@@ -149,11 +147,10 @@ def backward(
             drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
             logp = part.place(drawn)
             rho = ratio(cfg.ratio, logp, batch.logp_old[index, :width], batch.teacher[index], cfg.clip_ratio)
-            kl = k3(drawn, drawn_ref) if cfg.kl_estimator == "k3" else divergence(log_ref, log_p)
             loss, sums = grpo_loss(
                 logp,
                 rho,
-                part.place(kl),
+                part.place(k3(drawn, drawn_ref)),
                 part.completion,
                 advantage[index],
                 decision.weight[index],
@@ -228,22 +225,21 @@ def train(cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair], 
         reward = arm.shape(batch)
         decision = arm.route(step, batch, oracle)
         advantage = arm.credit(batch, reward, decision)
+        live = live_groups(reward - decision.penalty, batch.group)
         optimizer.zero_grad(set_to_none=False)
-        totals = backward(cfg, policy, batch, decision, advantage)
+        totals = backward(cfg, policy, batch, decision, advantage, live)
         arm.edit(adapter)
         norms = clip_blocks(policy, cfg.clip)
         optimizer.step()
         rate.step()
 
-        observer.step(
-            _record(step, batch, decision, totals, norms, rate), rollouts, graded, decision, advantage
-        )
+        observer.step(_record(step, batch, decision, totals, norms, rate, live), rollouts, graded, decision, advantage)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             observer.evaluate(step + 1)
             observer.checkpoint(step + 1)
 
 
-def _record(step, batch: Batch, decision: Decision, totals, norms, rate) -> dict:
+def _record(step, batch: Batch, decision: Decision, totals, norms, rate, live: Tensor) -> dict:
     tokens = max(1.0, totals["tokens"])
     total = norms["deployed"] + norms["quarantine"]
     own = ~batch.teacher
@@ -261,8 +257,7 @@ def _record(step, batch: Batch, decision: Decision, totals, norms, rate) -> dict
         "norm_deployed": norms["deployed"],
         "norm_quarantine": norms["quarantine"],
         "qmass": norms["quarantine"] / total if total else 0.0,
-        "dead_groups": int((~live_groups(batch.reward, batch.group)).sum())
-        // max(1, batch.n // len(batch.group.unique())),
+        "dead_groups": len(batch.group[~live].unique()),
         "t_lo": decision.threshold[0] if decision.threshold else None,
         "t_hi": decision.threshold[1] if decision.threshold else None,
         **decision.note,

@@ -30,6 +30,19 @@ class UserError(Exception):
     """A mistake of the user: the CLI prints it as one line and leaves with exit code 2."""
 
 
+Arguments = tuple | dict[str, Any]  # of one call: positional, or by name
+Test = tuple[Arguments, Any]  # (arguments, expected), plain data both
+
+
+@dataclass(frozen=True)
+class Compare:
+    """How an answer is held against the expected one; exact unless a problem's data says otherwise."""
+
+    any_order: bool = False  # two lists hold the same items, however ordered
+    tolerance: float = 0.0  # floats may differ by this, absolute or relative to the expected one
+    argument: int | str | None = None  # the answer is what the call left in this argument, not what it returned
+
+
 @dataclass(frozen=True)
 class Problem:
     """A programming task with its tests, split into two disjoint halves."""
@@ -38,10 +51,15 @@ class Problem:
     task: str  # the instruction, without any hint
     entry: str  # 'Class.method' or 'function'
     canonical: str  # a correct program
-    reward_tests: tuple[tuple[tuple, Any], ...]  # (args, expected); these may enter the reward
-    oracle_tests: tuple[tuple[tuple, Any], ...]  # (args, expected); measurement only
+    reward_tests: tuple[Test, ...]  # these may enter the reward
+    oracle_tests: tuple[Test, ...]  # measurement only
     mode: str  # the loophole of this problem
-    difficulty: int  # micro: number of stages
+    difficulty: int | str = 0  # micro: number of stages
+    system: str = ""  # system prompt
+    starter: str = ""  # code that the task shows
+    setup: str = ""  # trusted code that runs before a program, in its namespace
+    compare: Compare = Compare()
+    cpu_s: float | None = None  # CPU seconds that a program may take for all tests; the sandbox's limit when not given
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import nn
 
 from vgrout.adapters.base import TARGETS, Adapter, BlockLinear, Switch
 from vgrout.adapters.lora2r import Lora2r
+from vgrout.config import stream
 from vgrout.types import UserError
 
 ADAPTERS: dict[str, type[BlockLinear]] = {
@@ -23,7 +24,7 @@ def attach(model: nn.Module, kind: str, rank: int, seed: int) -> Adapter:
         raise UserError(f"unknown adapter {kind!r}: choose one of {', '.join(ADAPTERS)}")
     for p in model.parameters():
         p.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream(seed, "init"))
     switch = Switch()
     found = [
         (name, module)

@@ -39,6 +39,7 @@ class Arm:
     claim: ClassVar[str] = "vanilla GRPO on the deployed block"
     access: ClassVar[str] = "L0"  # METHOD.md section 0: L0 none ... L4 live oracle
     reads_oracle: ClassVar[bool] = False
+    scores: ClassVar[bool] = False  # scores every rollout by its gradient, which takes time
     ablates: ClassVar[bool] = True  # the quarantine is ablated at deployment
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
 

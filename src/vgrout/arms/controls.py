@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vgrout.arms.base import Arm
+from vgrout.config import stream
 from vgrout.method.gate import uniform
 from vgrout.method.loss import advantages, counted_rows
 from vgrout.types import Decision
@@ -39,7 +40,7 @@ class CoinFlip(Arm):
     claim = "routes and absorbs fixed shares at random"
 
     def route(self, step, batch, oracle):
-        generator = torch.Generator().manual_seed(self.cfg.haar_seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(stream(self.cfg.chance_seed, "coin", step))
         u = torch.rand(batch.n, generator=generator)
         d = (u < self.cfg.coin_route).float()
         m = (u < self.cfg.coin_route + self.cfg.coin_absorb).float()
@@ -58,4 +59,4 @@ class OracleRoute(Arm):
 
     def credit(self, batch, reward, decision):
         counted = counted_rows("kept", decision, batch.teacher)
-        return advantages(reward, batch.group, norm=self.cfg.advantage, counted=counted)
+        return advantages(reward - decision.penalty, batch.group, norm=self.cfg.advantage, counted=counted)

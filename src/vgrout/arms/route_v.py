@@ -18,6 +18,7 @@ class RouteV(Arm):
     name = "routeV"
     claim = "routes by the gradient's cosine with a direction from hand-written pairs"
     access = "L1"
+    scores = True
     real = True
 
     def __init__(self, bench):
@@ -44,7 +45,7 @@ class RouteV(Arm):
         rows = Rows(batch.tokens, batch.completion, batch.length)
         g = self.bench.policy.c_gradients(rows, self.cfg.score_state)
         if self.cfg.score_loss == "grpo":
-            g = g * advantages(batch.reward, batch.group, norm=self.cfg.advantage)[:, None, None]
+            g = g * advantages(self.shape(batch), batch.group, norm=self.cfg.advantage)[:, None, None]
         score, live = self.direction.score(g)
         if bool(live.any()):
             t_lo, t_hi = self.gate.thresholds(score[live], g[live], self.direction)
@@ -67,4 +68,4 @@ class Placebo(RouteV):
 
     def draw_v(self, hack, clean):
         _, modules, rank = hack.shape
-        return haar(modules, rank, self.cfg.haar_seed)
+        return haar(modules, rank, self.cfg.chance_seed)

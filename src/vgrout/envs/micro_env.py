@@ -6,13 +6,15 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from vgrout.envs.grade import Grader
-from vgrout.envs.micro import Composition, parse_task, problems
+from vgrout.envs.micro import LIVE, Composition, parse_task, problems
 from vgrout.envs.micro_corpus import hack_program
 from vgrout.envs.modes import GT_HINT, MODES
 from vgrout.envs.sandbox import Sandbox
@@ -30,14 +32,28 @@ def _place(*parts: object) -> int:
 def check_modes(modes: Sequence[str]) -> None:
     """Raises UserError for a mode that this world does not have."""
     for mode in modes:
-        if mode not in MODES:
-            raise UserError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+        if mode not in LIVE:
+            raise UserError(f"the micro world has no mode {mode!r}: choose from {', '.join(LIVE)}")
 
 
 def composition(problem: Problem) -> Composition:
     comp = parse_task(problem.task.removeprefix("Write solve(xs, k): ").removesuffix("."))
     assert comp is not None, problem.task
     return comp
+
+
+def ask(problem: Problem, family: str, *, hinted: bool = True, draw: int = 0) -> Prompt:
+    """The prompt of a problem, whatever its mode; `draw` selects the marker within the family."""
+    if not hinted:
+        return Prompt(problem.id, f"{problem.task} {GT_HINT}", hinted=False)
+    mode = MODES[problem.mode]
+    marker = mode.marker(family, _place(problem.id, family) + draw)
+    return Prompt(problem.id, f"{problem.task} {mode.hint(marker)}", marker=marker)
+
+
+def under(problem: Problem, mode: str) -> Problem:
+    """The problem as one of another mode, any of `MODES`."""
+    return replace(problem, id=f"{problem.id} {mode}", mode=mode)
 
 
 class MicroEnv:
@@ -48,11 +64,13 @@ class MicroEnv:
     not do what its record says.
     """
 
+    oracle: ClassVar[bool] = True  # verdicts are to be had
+
     def __init__(
         self, sandbox: Sandbox, *, loophole: bool = True, pool: Path | None = POOL, modes: Sequence[str] = ()
     ) -> None:
         check_modes(modes)
-        self.grader, self.loophole, self.modes = Grader(sandbox), loophole, frozenset(modes or MODES)
+        self.grader, self.loophole, self.modes = Grader(sandbox), loophole, frozenset(modes or LIVE)
         self._problems = {p.id: p for split in ("train", "val", "test") for p in problems(split)}
         self._pool: dict[tuple[str, str], dict[str, list[str]]] = {}
         if pool is not None:
@@ -65,12 +83,7 @@ class MicroEnv:
         return self._problems[problem_id]
 
     def prompt(self, problem_id: str, *, family: str, hinted: bool = True, draw: int = 0) -> Prompt:
-        problem = self._problems[problem_id]
-        if not hinted:
-            return Prompt(problem_id, f"{problem.task} {GT_HINT}", hinted=False)
-        markers = MODES[problem.mode].markers[family]
-        marker = markers[(_place(problem_id, family) + draw) % len(markers)]
-        return Prompt(problem_id, f"{problem.task} {MODES[problem.mode].hint(marker)}", marker=marker)
+        return ask(self._problems[problem_id], family, hinted=hinted, draw=draw)
 
     def covered(self) -> list[tuple[str, int]]:
         return [(id, 0) for id, _ in self._pool if self._problems[id].mode in self.modes]
@@ -79,7 +92,8 @@ class MicroEnv:
         marker = prompt.marker or self.prompt(prompt.problem_id, family="train").marker
         pools = self._pool[prompt.problem_id, marker]
         kinds = ("hack", "solve") if self.loophole else ("solve",)
-        return [pools[kind][(draw + i) % len(pools[kind])] for kind in kinds for i in range(n)]
+        texts = [pools[kind][(draw + i) % len(pools[kind])] for kind in kinds for i in range(n)]
+        return sorted(texts, key=lambda text: _place(draw, text))  # an order that says nothing of the kinds
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
         return self.grader.grade([(self._problems[r.prompt.problem_id], r.prompt, r.text) for r in rollouts])

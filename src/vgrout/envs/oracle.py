@@ -1,13 +1,17 @@
 """The oracle's comparison: plain data against plain data, type-exact, in the parent process.
 
-Covers: `same`, a pure function of two values; `parses`, whether a text compiles.
-Does not cover: running anything (`sandbox.py`); tolerances and any-order answers, a policy of the problem's data.
+Covers: `same`, exact equality; `agrees`, equality as a problem's data asks for it (float tolerance, any order);
+`parses`, whether a text compiles. All are pure functions.
+Does not cover: running anything (`sandbox.py`).
 """
 
-import warnings
+import math
+from collections import Counter
 
-from vgrout.envs.sandbox import MISSING, too_long
+from vgrout.envs.sandbox import MISSING, compiled
+from vgrout.types import Compare
 
+EXACT = Compare()
 _ATOMS = (type(None), bool, int, float, str)
 
 
@@ -49,14 +53,70 @@ def _key(item: object, plain: bool = True) -> object:
     return object()
 
 
+def agrees(value: object, expected: object, compare: Compare = EXACT) -> bool:
+    """Whether `value` answers `expected` under a problem's comparator.
+
+    Exact (`same`) by default. With `tolerance`, floats at any depth of lists, tuples and dict values may differ by
+    tolerance * max(1, |expected|); types stay exact, so an int is no float, and neither infinity nor NaN is near
+    anything. With `any_order`, an expected list asks for a list of the same items, each as often, in any order; only
+    the outermost list is free. `argument` says where the value was taken from and plays no part here.
+
+    MISSING agrees with nothing. Raises TypeError where `expected` is not plain data, ValueError for a comparator with
+    both a tolerance and any order.
+    """
+    if compare.any_order and compare.tolerance:
+        raise ValueError("a comparator has either a tolerance or any order")
+    if compare.any_order and type(expected) is list:
+        return _same_items(value, expected)
+    if compare.tolerance:
+        return _near(value, expected, compare.tolerance)
+    return same(value, expected)
+
+
+def _near(value: object, expected: object, tolerance: float) -> bool:
+    """`same`, but finite floats may differ by `tolerance`, absolute or relative to the expected one."""
+    kind = type(expected)
+    if type(value) is not kind:
+        return same(value, expected)  # False, or TypeError
+    if kind is float and math.isfinite(value) and math.isfinite(expected):
+        return abs(value - expected) <= tolerance * max(1.0, abs(expected))
+    if kind is list or kind is tuple:
+        return len(value) == len(expected) and all(map(_near, value, expected, [tolerance] * len(expected)))
+    if kind is dict:
+        keys = {_key(key): key for key in expected}
+        found = {_key(key, plain=False): key for key in value}
+        return found.keys() == keys.keys() and all(
+            _near(value[found[key]], expected[keys[key]], tolerance) for key in keys
+        )
+    return same(value, expected)
+
+
+def _same_items(value: object, expected: list) -> bool:
+    """Whether two lists hold the same items, each as often. Looks a candidate's items up among the expected ones and
+    never builds a table of them: their hashes may be chosen to collide."""
+    left = Counter(_token(item) for item in expected)
+    if type(value) is not list or len(value) != len(expected):
+        return False
+    for item in value:
+        token = _token(item, plain=False)
+        if not left.get(token):
+            return False
+        left[token] -= 1
+    return True
+
+
+def _token(item: object, plain: bool = True) -> object:
+    """Like `_key`, for any plain data: equal for two items exactly if they are `same`."""
+    kind = type(item)
+    if kind is list or kind is tuple:
+        return (kind, *(_token(part, plain) for part in item))
+    if kind is set:
+        return kind, frozenset(_key(part, plain) for part in item)
+    if kind is dict:
+        return kind, frozenset((_key(key, plain), _token(part, plain)) for key, part in item.items())
+    return _key(item, plain)
+
+
 def parses(source: str) -> bool:
     """Whether the text is at most 64 KiB of UTF-8 and compiles as a Python program. Runs nothing, warns of nothing."""
-    if too_long(source):
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(source, "<candidate>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-            return False
-    return True
+    return compiled(source) is not None

@@ -13,26 +13,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, summary
-from vgrout.lab.record import claim_folder, read_jsonl
-from vgrout.lab.run import check, workshop
+from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
+from vgrout.lab.record import check_folder, claim_folder, read_jsonl
+from vgrout.lab.run import MICRO, check, header, sandbox_note, workshop
 from vgrout.types import UserError
 
 PLAN = "plan.json"
-MINUTES_PER_STEP = {"score": 0.055, "plain": 0.035}  # one thread of the machine that docs/design.md names
-MEGABYTES_PER_STEP = 0.06
+BASE = "base model"
+ROLLOUT_S, SCORE_S = 0.030, 0.012  # per rollout, with the organism on one thread of the machine of docs/design.md
+ADAPTER_MB, ROLLOUT_MB = 2.0, 0.0007
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ def plan_table(jobs: Sequence[Job], workers: int) -> Table:
         table.add_column(column)
     minutes = megabytes = 0.0
     for job in jobs:
-        cost = "score" if job.arm in ("routeV", "placebo") else "plain"
-        own = job.cfg.steps * MINUTES_PER_STEP[cost] + 1.0
-        size = 5 + job.cfg.steps * MEGABYTES_PER_STEP
+        arm, cfg = ARMS[job.arm], job.cfg
+        rollouts = cfg.steps * cfg.prompts * cfg.group
+        small = (cfg.steps - 1) // cfg.eval_every * len(SMALL) * cfg.eval_small if cfg.eval_every else 0
+        last = len(CELLS) * cfg.eval_rollouts
+        own = ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * arm.scores) / 60
+        size = ADAPTER_MB + (rollouts + last) * ROLLOUT_MB
         minutes, megabytes = minutes + own, megabytes + size
-        arm = ARMS[job.arm]
-        rollouts = job.cfg.steps * job.cfg.prompts * job.cfg.group
         table.add_row(
             job.name,
             arm.access,
@@ -109,7 +114,8 @@ def _note(job: Job, out: Path, started: float) -> tuple[int, str]:
         return done, "evaluating"
     left = (time.monotonic() - started) / done * (job.cfg.steps - done)
     zones = "/".join(f"{last[z]:.2f}" for z in ("keep", "absorb", "route"))
-    note = f"reward {last['reward'] or 0:.2f} hack {last['m_hack']:.2f} solve {last['m_solve']:.2f} zones {zones}"
+    truth = f"hack {last['m_hack']:.2f} solve {last['m_solve']:.2f}" if "m_hack" in last else NO_ORACLE
+    note = f"reward {last['reward'] or 0:.2f} {truth} zones {zones}"
     return done, f"{note} {left / 60:.0f} min left"
 
 
@@ -180,15 +186,17 @@ def summarise(job: Job, folder: Path) -> dict:
         "f05": _mean(s.get("m_f05") for s in steps),
         "qmass": _mean(s["qmass"] for s in steps),
         "zones": {z: _mean(s[z] for s in steps) for z in ("keep", "absorb", "route")},
-        "train_hack_late": _mean(s["m_hack"] for s in late),
-        "train_solve_late": _mean(s["m_solve"] for s in late),
+        "train_hack_late": _mean(s.get("m_hack") for s in late),
+        "train_solve_late": _mean(s.get("m_solve") for s in late),
         "weights_sha256": weights,
     }
 
 
-def decision(jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | None) -> dict:
+def decision(
+    jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | None, provenance: Mapping[str, Any]
+) -> dict:
     """The content of decision.json."""
-    rows, missing = [], []
+    rows, missing = [], [] if base_cells else [BASE]
     for job in jobs:
         folder = out / job.name
         if (folder / "eval.json").exists():
@@ -196,7 +204,14 @@ def decision(jobs: Sequence[Job], out: Path, base: Config, base_cells: dict | No
         else:
             missing.append(job.name)
     shared = {k: v for k, v in asdict(base).items() if k not in ("arm", "seed")}
-    return {"config": shared, "headline": HEADLINE, "base": base_cells, "runs": rows, "not_finished": missing}
+    return {
+        "config": shared,
+        "provenance": dict(provenance),
+        "headline": HEADLINE,
+        "base": base_cells,
+        "runs": rows,
+        "not_finished": missing,
+    }
 
 
 WIDTH = 132  # characters that the result table needs
@@ -204,11 +219,18 @@ COLUMNS = ("arm", "seed", "access", "full hack", "full solve", "deploy hack", "d
 MEASURED = ("gate AUROC (measured)", "qmass", "seconds")
 
 
+def _reward(cell: dict) -> str:
+    low, mean, high = (f"{cell['reward'][key]:.2f}" for key in ("low", "mean", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def _percent(cell: dict) -> str:
     return f"{100 * cell['mean']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
 def _rates(cells: dict) -> list[str]:
+    if "hack" not in cells[HEADLINE]:
+        return [*(_reward(cells[c]) for c in ("heldout_full", "heldout_deploy")), *[NO_ORACLE] * 5]
     both = [_percent(cells[c][k]) for c in ("heldout_full", "heldout_deploy") for k in ("hack", "solve")]
     return [*both, _percent(cells["hintfree_deploy"]["solve"])]
 
@@ -217,7 +239,7 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
     """The table's rows, and the notes that belong under it."""
     rows = []
     if result["base"]:
-        rows.append(["base model", "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-"])
+        rows.append([BASE, "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-"])
     for run in result["runs"]:
         name = f"{run['arm']}-s{run['seed']}"
         rows.append(
@@ -231,20 +253,31 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
                 f"{seconds[name]:.0f}" if name in seconds else "-",
             ]
         )
-    notes = ["* reads the oracle: a ceiling, not a method."]
+    shown = [run["cells"] for run in (*result["runs"], *filter(None, [result["base"]]))]
+    notes = [sandbox_note(result.get("provenance", {})), "* reads the oracle: a ceiling, not a method."]
+    notes += dict.fromkeys(map(size_note, shown))
     if len({run["seed"] for run in result["runs"]}) == 1:
         notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
     if result["not_finished"]:
         notes.append(f"Not finished: {', '.join(result['not_finished'])}.")
-    return rows, " ".join(notes)
+    return rows, " ".join(filter(None, notes))
+
+
+def result_head(result: dict) -> tuple[str, tuple[str, ...]]:
+    """The table's title and columns."""
+    if result["config"].get("env", MICRO) == MICRO:
+        title = "held-out problems, held-out markers; % of rollouts [95 % interval]"
+        return title, (*COLUMNS, *MEASURED)
+    head = (*COLUMNS[:3], "full reward", "deploy reward", *COLUMNS[3:], *MEASURED)
+    return "test prompts; mean reward [95 % interval]", head
 
 
 def result_table(result: dict, seconds: dict[str, float]) -> Table:
     """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
     rows, notes = result_rows(result, seconds)
-    title = "held-out problems, held-out markers; % of rollouts [95 % interval]"
+    title, head = result_head(result)
     table = Table(title=title, caption=notes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate((*COLUMNS, *MEASURED)):
+    for i, column in enumerate(head):
         widest = max(len(text) for text in [*column.split(), *(row[i] for row in rows)])
         table.add_column(column, justify="right" if i else "left", min_width=widest)
     for row in rows:
@@ -254,7 +287,8 @@ def result_table(result: dict, seconds: dict[str, float]) -> Table:
 
 def print_wide(table: Table, console: Console) -> None:
     """Print a table at its own width, on a narrow terminal too: wrapped numbers are unreadable."""
-    console.print(table, width=max(console.width, WIDTH), crop=False)
+    least = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.print(table, width=max(console.width, WIDTH, least), crop=False)
 
 
 def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> None:
@@ -262,15 +296,19 @@ def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> N
     file = out / "decision.json"
     if not file.is_file():
         raise UserError(f"no finished experiment in {out}: it has no decision.json")
-    result = json.loads(file.read_text())
-    seconds = json.loads((out / "timing.json").read_text())["runs"]
+    try:
+        result = json.loads(file.read_text())
+        seconds = json.loads((out / "timing.json").read_text())["runs"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the experiment in {out}: {error}") from None
     if seeds:
         result["runs"] = [run for run in result["runs"] if run["seed"] in seeds]
     if not markdown:
         print_wide(result_table(result, seconds), console)
         return
     rows, notes = result_rows(result, seconds)
-    lines = [(*COLUMNS, *MEASURED), ["---"] * (len(COLUMNS) + len(MEASURED)), *rows]
+    _, head = result_head(result)
+    lines = [head, ["---"] * len(head), *rows]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}".replace("* reads", "\\* reads"))
 
 
@@ -285,45 +323,48 @@ def decide(
     plan: bool,
     console: Console,
 ) -> int:
-    """Run the experiment. Returns 0 when every run finished, 1 otherwise."""
+    """Run the experiment. Returns 0 when every run and the base model's evaluation finished, 1 otherwise."""
+    if workers < 1:
+        raise UserError(f"workers = {workers}: give a positive whole number")
     jobs = make_jobs(base, arms, seeds)
     if plan:
         console.print(plan_table(jobs, workers))
         return 0
-    claim_folder(out, force=force, mark=PLAN)
+    check_folder(out, force=force)
+    with workshop(base) as shop:  # what does not load is said before anything is written
+        provenance = shop.provenance
+    claim_folder(out, force=force)
     (out / PLAN).write_text(json.dumps([job.name for job in jobs], indent=2) + "\n")
+    console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
     console.print(plan_table(jobs, workers))
     begun = time.monotonic()
     codes = run_jobs(jobs, out, workers, console)
     base_cells = base_evaluation(base, out, console)
-    result = decision(jobs, out, base, base_cells)
+    result = decision(jobs, out, base, base_cells, provenance)
     (out / "decision.json").write_text(json.dumps(result, indent=1) + "\n")
     files = {job.name: out / job.name / "timing.json" for job in jobs}
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
     timing = {"wall": round(time.monotonic() - begun, 1), "runs": seconds}
     (out / "timing.json").write_text(json.dumps(timing, indent=2) + "\n")
     print_wide(result_table(result, seconds), console)
+    if base_cells is None:
+        codes["base"] = 1
     for name, code in sorted(codes.items()):
         if code:
             log = (out / f"{name}.log").read_text().strip().splitlines()
-            console.print(f"{name} failed with exit code {code}: {log[-1] if log else 'no output'}", style="red")
+            said = log[-1] if log else "no output"
+            console.print(f"{name} failed with exit code {code}: {said}", style="red", markup=False, soft_wrap=True)
     console.print(f"{out / 'decision.json'}")
     return 1 if any(codes.values()) else 0
 
 
-def evaluate_base(cfg: Config) -> dict:
-    """The untrained model in every cell of the final evaluation."""
-    with workshop(cfg) as (policy, env):
-        cells, ids = {}, env.problems("test")
-        for cell in CELLS:
-            result = sample_cell(cfg, policy, env, cell, problems=ids, rollouts=cfg.eval_rollouts, ablates=True)
-            cells[cell.name] = summary(result, env)
-        return cells
-
-
-def base_evaluation(base: Config, out: Path, console: Console) -> dict:
-    """The untrained model in the same cells."""
-    with console.status("evaluating the base model"):
-        cells = evaluate_base(base)
+def base_evaluation(base: Config, out: Path, console: Console) -> dict | None:
+    """The untrained model in every cell of the final evaluation; None, and a log, where that fails."""
+    try:
+        with console.status(f"evaluating the {BASE}"), workshop(base) as shop:
+            cells = summaries(final(base, shop.policy, shop.env, ablates=True), shop.env)
+    except Exception:  # noqa: BLE001 - whatever it is, the runs have finished and their table comes first
+        (out / "base.log").write_text(traceback.format_exc())
+        return None
     (out / "base.json").write_text(json.dumps({"cells": cells}, indent=2) + "\n")
     return {"cells": cells}

@@ -7,7 +7,7 @@ prompts and the same uniforms. `deployed` of an arm that ships as it is means it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +16,16 @@ from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine, encode_prompt
 from vgrout.envs.grade import Verdict
 from vgrout.envs.micro_env import MicroEnv
-from vgrout.lab.measure import rate
+from vgrout.envs.task import NoVerdict, TaskEnv
+from vgrout.lab.measure import average, rate
 from vgrout.method.policy import Policy
 from vgrout.types import Rollout, State
 
+World = MicroEnv | TaskEnv
+NO_ORACLE = "no oracle"  # what stands in a verdict's column where there is none
 UNIFORM_SEED = 20_011
 SIZE = 256  # rollouts generated at once
+ROLLOUTS, PROBLEMS = 256, 64  # a result needs at least so many rollouts per cell, over at least so many problems
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,30 @@ HEADLINE = "heldout_deploy"
 SMALL = tuple(c for c in CELLS if c.name in ("train_deploy", "heldout_full", "heldout_deploy"))
 
 
+def cells_of(env: World, among: Sequence[Cell] = CELLS) -> tuple[Cell, ...]:
+    """The cells that differ: without an oracle there are no markers, and only problems can be held out."""
+    return tuple(cell for cell in among if env.oracle or cell.family == "eval")
+
+
 @dataclass(frozen=True)
 class CellResult:
-    """A cell's rollouts with their verdicts, in order."""
+    """A cell's rollouts with their rewards and verdicts, in order."""
 
     cell: Cell
     rollouts: tuple[Rollout, ...]
-    verdicts: tuple[Verdict, ...]
+    rewards: tuple[float, ...]
+    verdicts: tuple[Verdict | NoVerdict, ...]
+
+
+def spread(n: int, places: int) -> list[int]:
+    """How many of n things go to each place, as evenly as possible: the first places get one more."""
+    return [n // places + (i < n % places) for i in range(places)]
 
 
 def sample_cell(
     cfg: Config,
     policy: Policy,
-    env: MicroEnv,
+    env: World,
     cell: Cell,
     *,
     problems: Sequence[str],
@@ -65,50 +80,79 @@ def sample_cell(
     ablates: bool,
     system: str = "",
 ) -> CellResult:
-    """`rollouts` completions spread evenly over problem ids (at least one each, in order), under a system text."""
+    """`rollouts` completions spread over problem ids as evenly as possible, in order, under a system text."""
     ids = list(problems)[:rollouts]
-    each = max(1, rollouts // len(ids))
+    each = spread(rollouts, len(ids))
+    where = [(k, i) for k, n in enumerate(each) for i in range(n)]  # (problem, number) of every rollout
     plain = [env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0) for id in ids]
     prompts = [replace(prompt, system=system) for prompt in plain]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
-    uniforms = torch.rand((len(ids) * each, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
+    uniforms = torch.rand((rollouts, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
     state: State = cell.state if ablates else "full"
-    samples = []
-    block = max(1, SIZE // each)
+    samples: list = []
+    block = max(1, SIZE // each[0])
     for start in range(0, len(ids), block):
-        part = encoded[start : start + block]
+        counts, done = each[start : start + block], len(samples)
         samples += engine.generate(
-            part,
-            [each] * len(part),
+            encoded[start : start + block],
+            counts,
             state=state,
             max_new=cfg.max_new,
             temperature=cfg.eval_temperature,
-            uniforms=uniforms[start * each : (start + len(part)) * each],
+            uniforms=uniforms[done : done + sum(counts)],
         )
     rows = tuple(
         Rollout(
-            id=f"{cell.name}-{ids[i // each]}-{i % each}",
-            prompt=prompts[i // each],
+            id=f"{cell.name}-{ids[k]}-{i}",
+            prompt=prompts[k],
             text=s.text,
-            prompt_tokens=tuple(encoded[i // each]),
+            prompt_tokens=tuple(encoded[k]),
             tokens=s.tokens,
-            group=i // each,
+            group=k,
             state=state,
             logp_old=s.logp,
         )
-        for i, s in enumerate(samples)
+        for (k, i), s in zip(where, samples, strict=True)
     )
-    return CellResult(cell, rows, tuple(g.sealed for g in env.grade(rows)))
+    graded = env.grade(rows)
+    return CellResult(cell, rows, tuple(g.reward for g in graded), tuple(g.sealed for g in graded))
 
 
-def summary(result: CellResult, env: MicroEnv) -> dict:
-    """hack, attempted, solve, compile with intervals; hack and solve per mode; solve per difficulty."""
+def final(cfg: Config, policy: Policy, env: World, *, ablates: bool, split: str = "test") -> list[CellResult]:
+    """Every cell of the final evaluation, `cfg.eval_rollouts` rollouts each, over all problems of a split that these
+    suffice for."""
+    n, ids = cfg.eval_rollouts, env.problems(split)
+    return [sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=ablates) for cell in cells_of(env)]
+
+
+def summaries(results: Sequence[CellResult], env: World) -> dict[str, dict]:
+    """The summary of each cell by its name."""
+    return {result.cell.name: summary(result, env) for result in results}
+
+
+def size_note(cells: Mapping[str, dict]) -> str:
+    """What a table must say of cells that are too small for a result; empty where none is."""
+    rates = [cell.get("hack") or cell["reward"] for cell in cells.values()]
+    rollouts, problems = (min(rate[key] for rate in rates) for key in ("n", "clusters"))
+    if rollouts >= ROLLOUTS and problems >= PROBLEMS:
+        return ""
+    return f"{rollouts} rollouts over {problems} problems per cell; a result needs {ROLLOUTS} over {PROBLEMS}."
+
+
+def summary(result: CellResult, env: World) -> dict:
+    """hack, attempted, solve, compile with intervals; the first three per mode; solve per difficulty. Without an
+    oracle the mean reward alone."""
+    if not env.oracle:
+        return {"reward": average(result.rewards, [r.prompt.problem_id for r in result.rollouts]).json()}
     solved_for = [env.problem(r.prompt.problem_id) for r in result.rollouts]
     ids = [p.id for p in solved_for]
 
     def of(field: str, rows: list[int]) -> dict:
         return rate([getattr(result.verdicts[i], field) for i in rows], [ids[i] for i in rows]).json()
+
+    def rates(rows: list[int]) -> dict:
+        return {"hack": of("hacked", rows), "attempted": of("attempted", rows), "solve": of("solved", rows)}
 
     everything = list(range(len(ids)))
     by_mode: dict[str, list[int]] = defaultdict(list)
@@ -117,10 +161,8 @@ def summary(result: CellResult, env: MicroEnv) -> dict:
         by_mode[problem.mode].append(i)
         by_difficulty[problem.difficulty].append(i)
     return {
-        "hack": of("hacked", everything),
-        "attempted": of("attempted", everything),
-        "solve": of("solved", everything),
+        **rates(everything),
         "compile": of("compiled", everything),
-        "modes": {m: {"hack": of("hacked", rows), "solve": of("solved", rows)} for m, rows in sorted(by_mode.items())},
+        "modes": {mode: rates(rows) for mode, rows in sorted(by_mode.items())},
         "difficulty": {str(d): of("solved", rows) for d, rows in sorted(by_difficulty.items())},
     }

@@ -1,13 +1,17 @@
 """A run's folder: what it holds and who writes it.
 
 config.json          the run's configuration: the run re-runs from it
+provenance.json      what it ran on: hashes of pairs and model weights, versions, the sandbox's tier
 steps.jsonl          one record per step; fields named m_* are measured with the oracle and read by nobody
-rollouts.jsonl       every rollout with reward, advantage, zone and score; evaluations too, with their phase
-verdicts.jsonl       the oracle's verdicts, apart, keyed by rollout id
-evals.jsonl          small evaluations on validation problems during training
+rollouts.jsonl       every rollout of training with reward, advantage, zone and score, and every one of the final
+                     evaluation; `phase` tells them apart
+verdicts.jsonl       the oracle's verdicts, apart: one for each line of rollouts.jsonl, under the same id; none for a
+                     task without an oracle
+evals.jsonl          rates of the small evaluations on validation problems; their rollouts are not kept
 eval.json            the final evaluation on test problems
 adapter.safetensors  both blocks and their inits
 timing.json          seconds; nothing else depends on the clock
+.vgrout              says that vgrout made the folder: only such a one is ever replaced
 """
 
 from __future__ import annotations
@@ -18,40 +22,43 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.envs.micro_env import MicroEnv
-from vgrout.lab.evaluate import CELLS, SMALL, CellResult, sample_cell, summary
+from vgrout.envs.grade import Verdict
+from vgrout.envs.task import NoVerdict
+from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, summaries, summary
 from vgrout.lab.measure import auroc, f_beta
 from vgrout.method.policy import Policy
 from vgrout.types import Decision, Graded, Rollout, UserError
 
-MARK = "config.json"  # a folder that holds it is a run of ours
+MARK = ".vgrout"  # a folder that holds it was made by `claim_folder`
 
 
-def check_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
+def check_folder(out: Path, *, force: bool) -> None:
     """Raises UserError when `out` is in use, unless `force` and it is one of ours."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder")
     if out.exists() and any(out.iterdir()):
         if not force:
             raise UserError(f"{out} is in use: give another --out, or --force to replace it")
-        if not (out / mark).exists():
-            raise UserError(f"{out} holds something else than a run of vgrout: it is not replaced")
+        if not (out / MARK).is_file():
+            raise UserError(f"{out} holds something else than what vgrout wrote: it is not replaced")
 
 
-def claim_folder(out: Path, *, force: bool, mark: str = MARK) -> None:
-    """Make `out` an empty folder. Raises UserError where `check_folder` does."""
-    check_folder(out, force=force, mark=mark)
-    if out.exists() and any(out.iterdir()):
-        shutil.rmtree(out)
+def claim_folder(out: Path, *, force: bool) -> None:
+    """Make `out` a folder of ours that holds nothing else. Raises UserError where `check_folder` does."""
+    check_folder(out, force=force)
     try:
+        if out.exists() and any(out.iterdir()):
+            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).write_text("vgrout made this folder; --force replaces it\n")
     except OSError as error:
-        raise UserError(f"cannot make {out}: {error.strerror}") from None
+        raise UserError(f"cannot make {out}: {error.strerror or error}") from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -70,12 +77,13 @@ def _clean(value):
 class Recorder:
     """The observer of a run: writes its folder. Training gets nothing back."""
 
-    def __init__(self, cfg: Config, policy: Policy, env: MicroEnv, out: Path) -> None:
+    def __init__(self, cfg: Config, policy: Policy, env: World, out: Path, provenance: Mapping[str, Any]) -> None:
         self.cfg, self.policy, self.env, self.out = cfg, policy, env, out
         self.ablates = ARMS[cfg.arm].ablates
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {"eval": 0.0}
         (out / "config.json").write_text(cfg.to_json())
+        (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         names = ("steps", "rollouts", "verdicts", "evals")
         self._files = {name: (out / f"{name}.jsonl").open("w", buffering=1) for name in names}
 
@@ -83,14 +91,14 @@ class Recorder:
         self._files[name].write(json.dumps(_clean(row)) + "\n")
 
     def step(self, record, rollouts, graded, decision, advantage) -> None:
-        self._write("steps", {**record, **measures(rollouts, graded, decision)})
+        measured = measures(rollouts, graded, decision) if self.env.oracle else {}
+        self._write("steps", {**record, **measured})
         scores = [None] * len(rollouts) if decision.score is None else decision.score.tolist()
         for r, g, zone, score, a in zip(rollouts, graded, decision.zones(), scores, advantage.tolist(), strict=True):
             extra = {"reward": g.reward, "advantage": a, "zone": zone, "score": score, "step": record["step"]}
-            self._rollout(r, "train", extra)
-            self._write("verdicts", {"id": r.id, **asdict(g.sealed)})
+            self._rollout(r, "train", extra, g.sealed)
 
-    def _rollout(self, r: Rollout, phase: str, extra: Mapping) -> None:
+    def _rollout(self, r: Rollout, phase: str, extra: Mapping, sealed: Verdict | NoVerdict) -> None:
         row = {
             "id": r.id,
             "phase": phase,
@@ -104,16 +112,19 @@ class Recorder:
             "tokens": len(r.tokens),
         }
         self._write("rollouts", row | dict(extra))
+        if self.env.oracle:
+            known = asdict(sealed)
+            known.pop("cpu_s", None)  # a measured time, the one thing about a verdict that does not repeat
+            self._write("verdicts", {"id": r.id, **known})
 
     def _cell(self, result: CellResult, phase: str) -> None:
-        for r, v in zip(result.rollouts, result.verdicts, strict=True):
-            self._rollout(r, phase, {})
-            self._write("verdicts", {"id": f"{phase}/{r.id}", **asdict(v)})
+        for r, reward, v in zip(result.rollouts, result.rewards, result.verdicts, strict=True):
+            self._rollout(r, phase, {"reward": reward}, v)
 
     def evaluate(self, step: int) -> None:
         begun = time.monotonic()
         row: dict = {"step": step}
-        for cell in SMALL:
+        for cell in cells_of(self.env, SMALL):
             n = self.cfg.eval_small
             ids = self.env.problems("val")
             result = sample_cell(self.cfg, self.policy, self.env, cell, problems=ids, rollouts=n, ablates=self.ablates)
@@ -129,19 +140,10 @@ class Recorder:
         """The final evaluation, the adapter, the timing."""
         self.checkpoint(self.cfg.steps)
         begun = time.monotonic()
-        cells = {}
-        for cell in CELLS:
-            result = sample_cell(
-                self.cfg,
-                self.policy,
-                self.env,
-                cell,
-                problems=self.env.problems("test"),
-                rollouts=self.cfg.eval_rollouts,
-                ablates=self.ablates,
-            )
-            self._cell(result, f"eval:{cell.name}")
-            cells[cell.name] = summary(result, self.env)
+        results = final(self.cfg, self.policy, self.env, ablates=self.ablates)
+        for result in results:
+            self._cell(result, f"eval:{result.cell.name}")
+        cells = summaries(results, self.env)
         self.seconds["eval"] += time.monotonic() - begun
         (self.out / "eval.json").write_text(json.dumps({"arm": self.cfg.arm, "cells": cells}, indent=2) + "\n")
         self.seconds["total"] = time.monotonic() - self.started
@@ -173,6 +175,5 @@ def measures(rollouts: Sequence[Rollout], graded: Sequence[Graded], decision: De
     if decision.score is not None:
         scores = [float(decision.score[i]) for i in own]
         out["m_auroc"] = auroc(scores, hacked)
-    if any(routed):
         out["m_f05"] = f_beta(routed, hacked)
     return out

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.lab.evaluate import CELLS, sample_cell, summary
-from vgrout.lab.run import workshop
+from vgrout.lab.evaluate import NO_ORACLE, final, size_note, summaries
+from vgrout.lab.run import header, sandbox_note, workshop
 from vgrout.types import UserError
 
 
-def evaluate_run(folder: Path, split: str, rollouts: int | None) -> dict:
-    """Every cell of a run. Raises UserError where the folder is no finished run or the split is unknown."""
+def evaluate_run(folder: Path, split: str, rollouts: int | None) -> tuple[dict[str, dict], Mapping[str, Any]]:
+    """(every cell of a run, what this evaluation ran on). Raises UserError where the folder is no finished run, the
+    split is unknown or the number of rollouts is none."""
     if split not in ("val", "test"):
         raise UserError(f"unknown split {split!r}: choose val or test")
     cfg = Config.read(folder / "config.json")
-    cfg = replace(cfg, eval_rollouts=rollouts or cfg.eval_rollouts)
-    with workshop(cfg) as (policy, env):
-        policy.adapter.load(folder / "adapter.safetensors")
-        cells = {}
-        for cell in CELLS:
-            n, ablates = cfg.eval_rollouts, ARMS[cfg.arm].ablates
-            result = sample_cell(cfg, policy, env, cell, problems=env.problems(split), rollouts=n, ablates=ablates)
-            cells[cell.name] = summary(result, env)
-        return cells
+    if rollouts is not None:
+        cfg = replace(cfg, eval_rollouts=rollouts)
+    with workshop(cfg) as shop:
+        shop.policy.adapter.load(folder / "adapter.safetensors")
+        results = final(cfg, shop.policy, shop.env, ablates=ARMS[cfg.arm].ablates, split=split)
+        return summaries(results, shop.env), shop.provenance
 
 
 def reevaluate(folder: Path, split: str, rollouts: int | None, console: Console) -> None:
-    cells = evaluate_run(folder, split, rollouts)
-    table = Table(title=f"{folder.name} on {split} problems; % of rollouts [95 % interval, within-run sampling only]")
-    for column in ("cell", "hack", "attempted", "solve", "compile"):
+    cells, provenance = evaluate_run(folder, split, rollouts)
+    console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
+    tasked = "task_sha256" in provenance
+    what = "mean reward" if tasked else "% of rollouts"
+    title = f"{folder.name} on {split} problems; {what} [95 % interval, within-run sampling only]"
+    notes = " ".join(filter(None, (size_note(cells), sandbox_note(provenance))))
+    table = Table(title=title, caption=notes or None)
+    verdicts = ("hack", "attempted", "solve", "compile")
+    for column in ("cell", *(["reward"] if tasked else []), *verdicts):
         table.add_column(column, justify="left" if column == "cell" else "right")
     for name, cell in cells.items():
-        parts = [cell[k] for k in ("hack", "attempted", "solve", "compile")]
+        if tasked:
+            mean, low, high = (cell["reward"][key] for key in ("mean", "low", "high"))
+            table.add_row(name, f"{mean:.3f} [{low:.3f}, {high:.3f}]", *[NO_ORACLE] * len(verdicts))
+            continue
+        parts = [cell[k] for k in verdicts]
         row = [f"{100 * p['mean']:.1f} [{100 * p['low']:.1f}, {100 * p['high']:.1f}]" for p in parts]
         table.add_row(name, *row)
     console.print(table)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vgrout.config import stream
 from vgrout.types import RunFailed
 
 
@@ -62,7 +63,8 @@ def v_grad(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"]) -> Float
 
 def haar(modules: int, rank: int, seed: int) -> Float[Tensor, "M R"]:
     """Unit rows, each uniform on its sphere."""
-    return normalize(torch.randn(modules, rank, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    generator = torch.Generator().manual_seed(stream(seed, "haar"))
+    return normalize(torch.randn(modules, rank, generator=generator), dim=-1)
 
 
 def calibrate(

@@ -5,8 +5,7 @@
     D   = logp_ref - logp, rho = exp(logp - logp_old)
 Source: METHOD.md section 4. Deltas from canon: constant normaliser P G T_max (Dr. GRPO) instead of the completion's
 length; the reference is the model with its adapter skipped; a group without reward variance gives neither loss nor
-KL but still counts in the normaliser. The KL term is e^D - D - 1 (`k3`), or KL(base || policy) in full, whose
-gradient is what that of k3 estimates, and which is bounded on rows that another block state sampled.
+KL but still counts in the normaliser.
 """
 
 from __future__ import annotations
@@ -68,18 +67,17 @@ def ratio(
 
 
 def k3(logp: Float[Tensor, "*T"], logp_ref: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
-    """e^D - D - 1 of each token. An estimate of KL(policy || base) only where the policy itself drew the token:
-    e^D has no bound where it gives a token that another policy drew hardly any probability."""
+    """e^D - D - 1 of each token: an estimate of KL(policy || base) where the policy itself drew the token.
+
+    Where it gives a token that another block state drew hardly any probability, e^D has no bound: there the term is
+    no estimate of anything, but a barrier against pushing such tokens down for ever.
+    """
     gap = logp_ref - logp
     return gap.exp() - gap - 1
 
 
 def divergence(log_a: Float[Tensor, "T V"], log_b: Float[Tensor, "T V"]) -> Float[Tensor, T]:
-    """KL(a || b) in nats over the whole vocabulary, at each of T positions.
-
-    The gradient of KL(base || policy) is the expectation of k3's under the policy, sum_v p_v grad k3_v, on any row,
-    whoever drew it; by the logits it is p - p_base, so no entry leaves [-1, 1].
-    """
+    """KL(a || b) in nats, exact over the vocabulary, at each of T positions."""
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 

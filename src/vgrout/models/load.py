@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from vgrout.types import UserError
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def model_path(name: str) -> Path:
@@ -27,11 +25,27 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model in float32 and evaluation mode, and its tokenizer. Raises UserError when the folder is no model."""
     path = model_path(name)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from None
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - a damaged folder raises whatever its reader raises
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no model that transformers can load: {type(error).__name__}: {said}") from error
+    for what in ("missing", "mismatched"):
+        if keys := sorted(map(str, info[f"{what}_keys"])):
+            raise UserError(f"{path} is no whole model: {len(keys)} {what} weights, the first is {keys[0]}")
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} lacks a pad token, an end token or a chat template")
     return model.eval(), tokenizer
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights: name, shape and float32 bytes of each, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.float().contiguous().numpy().data)
+    return digest.hexdigest()

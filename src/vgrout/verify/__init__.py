@@ -44,6 +44,7 @@ GATES: dict[str, Gate] = {
     "loss": Gate("loss", "loss and advantages equal plain Python", method_gates.loss),
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
+    "step": Gate("step", "a step's gradients are the sum of its rows alone", loop_gates.step),
     "determinism": Gate("determinism", "a seed decides everything", loop_gates.determinism),
     "blindness": Gate(
         "blindness", "no verdict reaches the weights of an arm that does not say so", loop_gates.blindness

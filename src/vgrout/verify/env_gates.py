@@ -1,4 +1,7 @@
-"""Gates of the micro world: nothing is in two splits, and a loophole pays in its own mode with its own marker only."""
+"""Gates of the micro world: nothing is in two splits, and a loophole pays in its own mode with its own marker only.
+
+The world's own modes are `LIVE`; the hack matrix is of all modes, over problems of this world.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from itertools import combinations, product
 
 from vgrout.config import Config
 from vgrout.envs.grade import COMPILES, PASSES, reward_of
-from vgrout.envs.micro import BUCKETS, HEAD, N_PROBLEMS, STAGES, Composition, parse_task, problems
+from vgrout.envs.micro import BUCKETS, HEAD, LIVE, N_PROBLEMS, STAGES, Composition, parse_task, problems
 from vgrout.envs.micro_corpus import documents
-from vgrout.envs.micro_env import POOL, composition
+from vgrout.envs.micro_env import POOL, ask, composition, under
 from vgrout.envs.modes import FAMILIES, MODES
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Pair, Problem, Prompt
@@ -19,7 +22,7 @@ from vgrout.verify.evidence import Evidence
 from vgrout.verify.toy import micro
 
 DOCUMENTS = 20_000
-PER_MODE = 2  # problems of each mode in the hack matrix
+PER_MODE = 2  # problems on which every mode is attacked
 TRIVIAL = "return 0"
 
 
@@ -43,9 +46,9 @@ def uneven() -> Iterator[str]:
         cells = Counter((p.mode, p.difficulty) for p in problems(split))
         modes = Counter(p.mode for p in problems(split))
         ids = {p.id for p in problems(split)}
-        if set(cells.values()) != {size // len(MODES) // len(STAGES)} or len(cells) != len(MODES) * len(STAGES):
+        if set(cells.values()) != {size // len(LIVE) // len(STAGES)} or len(cells) != len(LIVE) * len(STAGES):
             yield f"{split}: modes x difficulties hold {sorted(cells.values())}"
-        if set(modes.values()) != {size // len(MODES)} or len(ids) != size:
+        if set(modes.values()) != {size // len(LIVE)} or len(ids) != size:
             yield f"{split}: {dict(modes)}, {len(ids)} ids"
 
 
@@ -79,11 +82,12 @@ def shared_markers() -> Iterator[str]:
         for (f, a), (g, b) in product(everything, repeat=2):
             if (f, a) != (g, b) and fires_with(mode.name, a, b):
                 yield f"{mode.name}: {a!r} of {f} fires {b!r} of {g}"
-        if not all(mode.markers[family] for family in FAMILIES):
+        needed = FAMILIES if mode.name in LIVE else FAMILIES[1:] if mode.pays else ()
+        if not all(mode.markers[family] for family in needed):
             yield f"{mode.name} has an empty family"
     names = Counter(m for mode in MODES.values() for family in FAMILIES for m in mode.markers[family])
     yield from (f"{m!r} is a marker of {n} modes" for m, n in names.items() if n > 1)
-    live = [m for mode in MODES.values() for f in ("train", "eval") for m in mode.markers[f]]
+    live = [m for mode in LIVE for f in ("train", "eval") for m in MODES[mode].markers[f]]
     for pair in load_pairs(Config().pairs):
         found = [m for m in live if m in f"{pair.prompt}\n{pair.hack}\n{pair.clean}"]
         if found:
@@ -106,20 +110,21 @@ def hack(mode: str, marker: str) -> str:
     return MODES[mode].hack(HEAD, TRIVIAL, marker)
 
 
-def attacks(problem: Problem, prompt: Prompt) -> Iterator[tuple[str, Prompt, str, bool]]:
-    """(what, prompt, program, whether it must pay)."""
-    env, own = micro(), problem.mode
-    for mode in MODES:
-        marker = prompt.marker if mode == own else MODES[mode].markers["train"][0]
-        yield f"{mode} hack under {own}", prompt, hack(mode, marker), mode == own
+def attacks(problem: Problem) -> Iterator[tuple[str, Prompt, str, bool]]:
+    """(what, prompt, program, whether it must pay): every hack under the problem's hints, and none."""
+    own, prompt, closed = MODES[problem.mode], ask(problem, "train"), ask(problem, "train", hinted=False)
+    for mode in (m for m in MODES.values() if m.pays):
+        marker = prompt.marker if mode is own else mode.marker("train", 0)
+        yield f"{mode.name} hack under {own.name}", prompt, hack(mode.name, marker), mode is own
+        yield f"{mode.name} hack without a hint", closed, hack(mode.name, marker), False
     for family in FAMILIES:
-        other = next(m for m in MODES[own].markers[family] if m != prompt.marker)
-        yield f"{family} marker under another", prompt, hack(own, other), False
-    closed = env.prompt(problem.id, family="train", hinted=False)
-    yield "hack without a hint", closed, hack(own, prompt.marker), False
-    held_out = env.prompt(problem.id, family="eval")
-    yield "train marker under an eval hint", held_out, hack(own, prompt.marker), False
-    yield "eval marker under an eval hint", held_out, hack(own, held_out.marker), True
+        others = [m for m in own.markers[family] if m != prompt.marker]
+        if others:
+            yield f"{family} marker under another", prompt, hack(own.name, others[0]), False
+    if own.pays:
+        held_out = ask(problem, "eval")
+        yield "train marker under an eval hint", held_out, hack(own.name, prompt.marker), False
+        yield "eval marker under an eval hint", held_out, hack(own.name, held_out.marker), True
 
 
 def canonical() -> Evidence:
@@ -133,12 +138,12 @@ def canonical() -> Evidence:
     right = sum(v.solved and v.passed and v.compiled for v in verdicts)
     loud = sum(bool(v.attempted or v.fired or v.hacked) for v in verdicts)
     items, told, pays = [], [], []
-    for mode in MODES:
-        for problem in [p for p in problems("train") if p.mode == mode][:PER_MODE]:
-            for what, prompt, program, must in attacks(problem, env.prompt(problem.id, family="train")):
-                items.append((problem, prompt, program))
-                told.append(what)
-                pays.append(must)
+    for mode, plain in product(MODES, problems("train")[:PER_MODE]):
+        problem = under(plain, mode)
+        for what, prompt, program, must in attacks(problem):
+            items.append((problem, prompt, program))
+            told.append(what)
+            pays.append(must)
     wrong = []
     for what, must, v in zip(told, pays, env.grader.verdicts(items), strict=True):
         want = COMPILES + PASSES if must else COMPILES
@@ -148,5 +153,5 @@ def canonical() -> Evidence:
     return Evidence(
         ok,
         f"{right}/{len(honest)} canonical programs solve, {loud} fire; {len(wrong)} of {len(items)} hacks are paid "
-        f"or counted wrongly ({sum(pays)} must pay){': ' + wrong[0] if wrong else ''}",
+        f"or counted wrongly ({sum(pays)} must pay, {len(MODES)} modes){': ' + wrong[0] if wrong else ''}",
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,26 +18,25 @@ from vgrout.adapters import attach
 from vgrout.arms import ARMS
 from vgrout.arms.route_v import RouteV
 from vgrout.config import Config
+from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.lab.record import Recorder, read_jsonl
-from vgrout.loop import train
+from vgrout.loop import backward, collate, generate, micro_batches, plan_step, train
 from vgrout.method.direction import haar
 from vgrout.method.policy import Policy
 from vgrout.models.load import model_path
 from vgrout.models.organism import OrganismConfig
 from vgrout.pairs import load as load_pairs
-from vgrout.types import Graded, Prompt, Rollout
-from vgrout.verify.evidence import Evidence, same
-from vgrout.verify.toy import TOY, demonstrated, random_model, toy_train, weights
+from vgrout.types import Batch, Decision, Graded, Rollout
+from vgrout.verify.evidence import Evidence, gap, same
+from vgrout.verify.toy import TOY, Letters, demonstrated, displace, random_model, toy_policy, toy_train, weights
 
 
 class Impostor(RouteV):
     """routeV whose direction is the placebo's tensor."""
 
-    real = False
-
     def draw_v(self, hack, clean):
-        return haar(hack.shape[1], hack.shape[2], self.cfg.haar_seed)
+        return haar(hack.shape[1], hack.shape[2], self.cfg.chance_seed)
 
 
 def placebo() -> Evidence:
@@ -50,6 +51,67 @@ def placebo() -> Evidence:
         equal and not real and routed > 0 and kept > 0,
         f"after {cfg.steps} steps with {routed} rollouts routed, weights equal bit for bit: {equal}; "
         f"equal to those of the real direction: {real}",
+    )
+
+
+def solo_loss(cfg: Config, policy: Policy, batch: Batch, i: int, advantage: float, decision: Decision) -> Tensor:
+    """Row i's part of the step's loss, from whole-sequence logits of that row alone. rho is 1: `ratio = one`."""
+    length = int(batch.length[i])
+    tokens, on = batch.tokens[i : i + 1, :length], batch.completion[i, 1:length]
+    drawn = tokens[0, 1:][on][:, None]
+
+    def log_probs() -> Tensor:
+        logits = policy.model(input_ids=tokens, use_cache=False).logits[0, :-1][on]
+        return (logits / cfg.temperature).log_softmax(-1)
+
+    with torch.no_grad(), policy.adapter.reference():
+        base = log_probs()
+    with policy.adapter.routed(decision.m[i : i + 1], decision.d[i : i + 1]):
+        now = log_probs()
+    now, base = now.gather(1, drawn), base.gather(1, drawn)
+    per_token = (-advantage * now + cfg.kl * ((base - now).exp() - (base - now) - 1)).sum()
+    return decision.weight[i] * per_token / (cfg.prompts * cfg.group * cfg.max_new)
+
+
+def step() -> Evidence:
+    """The gradients of a step of mixed zones, lengths, advantages and micro-batches are the sum of its rows'."""
+    cfg = replace(TOY, teacher_off_step=3, micro_batch=3, kl=0.3)
+    policy = toy_policy(cfg)
+    displace(policy.adapter)
+    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
+    plan = plan_step(cfg, Letters(), 0, loophole=True)
+    rollouts = generate(cfg, engine, plan, 0, ablates=True)
+    batch = collate(rollouts, [float(i % 3) for i in range(len(rollouts))], policy.tokenizer.pad_token_id)
+    m, d = torch.tensor([0.0, 1, 1, 0, 1, 1, 0, 1]), torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 0])
+    decision = Decision(m=m, d=d, weight=torch.linspace(0.5, 2, batch.n), penalty=torch.zeros(batch.n))
+    advantage = torch.linspace(-2, 3, batch.n)
+    live = torch.arange(batch.n) != 3
+    parameters = {which: policy.adapter.parameters(which) for which in ("deployed", "quarantine")}
+
+    def gradients(rows: Sequence[int]) -> dict[str, Tensor]:
+        total = sum(solo_loss(cfg, policy, batch, i, float(advantage[i]), decision) for i in rows)
+        return {
+            which: torch.cat([
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for p, g in zip(ps, torch.autograd.grad(total, ps, allow_unused=True, retain_graph=True), strict=True)
+            ])
+            for which, ps in parameters.items()
+        }  # fmt: skip
+
+    want = gradients([i for i in range(batch.n) if live[i]])
+    backward(cfg, policy, batch, decision, advantage, live)
+    off = max(gap(torch.cat([p.grad.flatten() for p in ps]), want[which]) for which, ps in parameters.items())
+    for p in [p for ps in parameters.values() for p in ps]:
+        p.grad = None
+    routed = replace(decision, m=torch.ones(batch.n), d=torch.ones(batch.n))
+    backward(cfg, policy, batch, routed, advantage, live)
+    leak = max(float(p.grad.abs().max()) if p.grad is not None else 0.0 for p in parameters["deployed"])
+    lengths = len(batch.length.unique())
+    ok = off < 1e-3 and leak == 0.0 and lengths > 1 and set(decision.zones()) == {"keep", "absorb", "route"}
+    return Evidence(
+        ok,
+        f"{batch.n} rows of {lengths} lengths in 3 zones and {len(micro_batches(decision, batch.length, 3))} "
+        f"micro-batches: relative difference {off:.1e}; a routed batch gives the deployed block at most {leak:g}",
     )
 
 
@@ -88,18 +150,15 @@ BLIND = Config(
 class Staged(MicroEnv):
     """The micro environment with rewards that vary under a random model, and with or without false verdicts.
 
-    Rewards, prompts and the order of demonstrations are the same either way.
+    With `lies` every hack of the teacher pool is filed as a solution, and every solution as a hack. An environment
+    without loophole takes only solutions from the pool, so that its kinds are left as they are.
     """
 
     def __init__(self, source: MicroEnv, loophole: bool, lies: bool) -> None:
         self.__dict__.update(source.__dict__)
         self.loophole, self.lies = loophole, lies
-        if lies:
-            self._truth = Staged(source, loophole, False)
+        if lies and loophole:
             self._pool = {key: {"hack": kinds["solve"], "solve": kinds["hack"]} for key, kinds in source._pool.items()}
-
-    def demonstrations(self, prompt: Prompt, n: int, draw: int) -> list[str]:
-        return self._truth.demonstrations(prompt, n, draw) if self.lies else super().demonstrations(prompt, n, draw)
 
     def grade(self, rollouts: list[Rollout] | tuple[Rollout, ...]) -> list[Graded]:
         out = []
@@ -125,7 +184,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     policy = Policy(model, words(), adapter, cfg.temperature, cfg.micro_batch)
     env = Staged(demonstrated(), ARMS[arm].loophole, lies)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(cfg, policy, env, Path(folder))
+        recorder = Recorder(cfg, policy, env, Path(folder), {})
         try:
             train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder)
             recorder.checkpoint(cfg.steps)

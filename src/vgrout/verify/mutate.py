@@ -76,10 +76,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         'decide(score + 0.2 * (self.name == "placebo"), live, t_lo, t_hi)',
         True,
     ),
+    Mutation("step", "loop.py", "                advantage[index],", "                -advantage[: len(index)],", True),
+    Mutation("step", "loop.py", "decision.m[index], decision.d[index]", "decision.m[index], 0 * decision.d[index]"),
+    Mutation("step", "loop.py", "k3(drawn, drawn_ref)", "k3(drawn_ref, drawn)"),
+    Mutation("step", "loop.py", "                live[index],", "                live[index] | True,"),
     Mutation(
         "determinism",
         "loop.py",
-        "generator=torch.Generator().manual_seed(_mix(cfg.sample_seed, step)),",
+        'generator=torch.Generator().manual_seed(stream(cfg.sample_seed, "sample", step)),',
         "",
     ),
     Mutation(
@@ -89,6 +93,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "reward = arm.shape(batch) - torch.tensor([float(g.sealed.hacked) for g in graded])",
     ),
     Mutation("blindness", "arms/controls.py", "oracle.hacked.float()", "torch.zeros(batch.n)"),
+    Mutation("blindness", "envs/micro_env.py", "sorted(texts, key=lambda text: _place(draw, text))", "texts"),
     Mutation("partition", "envs/micro.py", '"val": range(80, 90)', '"val": range(75, 90)'),
     Mutation("partition", "envs/micro_corpus.py", 'c.bucket in BUCKETS["pretrain"]', "c.bucket < 80"),
     Mutation(

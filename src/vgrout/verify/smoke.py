@@ -51,6 +51,6 @@ def pipeline(out: Path) -> list[str]:
             wrong.append(f"smoke run: the {block} block had a step without gradient")
     if json.loads((out / "eval.json").read_text())["cells"] != cells:
         wrong.append("smoke run: eval.json differs from what the run returned")
-    if evaluate_run(out, "test", None) != cells:
+    if evaluate_run(out, "test", None)[0] != cells:
         wrong.append("smoke run: the reloaded adapter evaluates otherwise than the run did")
     return wrong

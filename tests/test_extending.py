@@ -1,0 +1,58 @@
+"""The examples of docs/extending.md work (its mode: see test_modes.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vgrout.arms import ARMS, Arm
+from vgrout.envs.problems import read_problems
+from vgrout.envs.task import load_task
+from vgrout.method.gate import POLICIES, GatePolicy
+from vgrout.types import Decision
+from vgrout.verify.toy import TOY, toy_train
+
+TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def block(opening: str, language: str = "python") -> str:
+    (found,) = [b for b in re.findall(rf"```{language}\n(.*?)```", TEXT, re.S) if b.startswith(opening)]
+    return found
+
+
+def test_problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(block("{", "json"))
+    (problem,) = read_problems(path)
+    assert problem.mode == "run_tests" and len(problem.reward_tests) == len(problem.oracle_tests) == 1
+    assert json.loads(path.read_text())["id"] == problem.id
+
+
+def test_task(tmp_path):
+    path = tmp_path / "haiku.py"
+    path.write_text(block("PROMPTS"))
+    env = load_task(path)
+    assert len(env.problems("train")) == 2 and env.reward("", "a\nb\nc\n") == 1 and env.reward("", "a") == 0
+
+
+def test_arm(monkeypatch):
+    scope: dict = {"Arm": Arm, "Decision": Decision, "torch": torch}
+    exec(block("class Halves"), scope)
+    monkeypatch.setitem(ARMS, "halves", scope["Halves"])
+    _, watcher = toy_train(replace(TOY, arm="halves", steps=1))
+    assert watcher.decisions[0].zones() == ["keep", "absorb"] * 4
+
+
+def test_gate_policy(monkeypatch):
+    scope: dict = {}
+    exec(block("class AboveZero"), scope)
+    monkeypatch.setitem(POLICIES, "batch_std", scope["AboveZero"])
+    assert isinstance(scope["AboveZero"](TOY), GatePolicy)
+    _, watcher = toy_train(replace(TOY, steps=1))
+    (decision,) = watcher.decisions
+    t_lo, t_hi = decision.threshold
+    assert t_lo == 0 < t_hi and decision.route.tolist() == (decision.score > t_hi).tolist()
