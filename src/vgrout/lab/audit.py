@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vgrout.envs._codec import encode
@@ -23,6 +24,7 @@ from vgrout.envs.modes import ASKED, MODES, looked_at
 from vgrout.envs.oracle import agrees
 from vgrout.envs.problems import majority_share, prompt_of, read_problems
 from vgrout.envs.sandbox import ObserveJob, Sandbox, ValueJob, ValueReport
+from vgrout.envs.selftest import self_test
 from vgrout.types import Problem, UserError
 
 KILLED = 20  # mutants that should be killed
@@ -99,7 +101,9 @@ def audit(path: Path, console: Console, *, out: Path | None = None, workers: int
         raise UserError(f"{out} exists: give another name")
     found: list[Audit] = []
     with Sandbox(workers=workers, allow_weak=allow_weak) as sandbox:
-        for start in range(0, len(problems), BATCH):
+        self_test(sandbox)
+        console.print(f"sandbox {sandbox.tier}", markup=False, highlight=False)
+        for start in track(range(0, len(problems), BATCH), "auditing", console=console, transient=True):
             found += audit_problems(sandbox, problems[start : start + BATCH])
     if out is not None:
         out.write_text("".join(json.dumps(each.json()) + "\n" for each in found))

@@ -12,6 +12,7 @@ from vgrout.envs.grade import Grader
 from vgrout.envs.leetcode import prepare
 from vgrout.envs.problems import write_problems
 from vgrout.envs.sandbox import Sandbox
+from vgrout.envs.selftest import self_test
 from vgrout.lab.record import check_folder, claim_folder
 
 REPORT = "report.json"
@@ -30,7 +31,9 @@ def prepare_leetcode(
 ) -> int:
     """Write the problems of each split and report.json into `out`, and print what is in it."""
     check_folder(out, force=force)
-    with Sandbox(workers=workers, allow_weak=allow_weak) as sandbox:
+    with Sandbox(workers=workers, allow_weak=allow_weak) as sandbox, console.status("running canonical programs"):
+        self_test(sandbox)
+        console.print(f"sandbox {sandbox.tier}", markup=False, highlight=False)
         splits, report = prepare(source, Grader(sandbox), modes=modes, seed=seed)
     claim_folder(out, force=force)
     for name, problems in splits.items():

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from vgrout.envs.grade import Grader, reward_of, strip_fences
 from vgrout.envs.problems import check_mode, parse_json, prompt_of, read_problems
 from vgrout.envs.sandbox import SOURCE_BYTES, Sandbox
+from vgrout.envs.selftest import self_test
 from vgrout.types import Problem, UserError
 
 LINE_BYTES = 64 << 20  # longest line that is read
@@ -38,6 +39,8 @@ def grade_file(
         raise UserError(f"cannot read {submissions}: {error.strerror}") from None
     broken = 0
     with file, Sandbox(workers=workers, allow_weak=allow_weak) as sandbox:
+        self_test(sandbox)
+        print(f"sandbox {sandbox.tier}", file=sys.stderr)
         batch: list[tuple[Problem, str]] = []
         for number, line in _lines(file):
             try:
