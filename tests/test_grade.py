@@ -40,14 +40,16 @@ def problems(tmp_path):
 
 @pytest.fixture
 def grade(problems, tmp_path, capsys):
-    """(exit code, results, lines of stderr) of submissions: objects, or the bytes of a line."""
+    """(exit code, results, lines of stderr after that of the sandbox) of submissions: objects, or a line's bytes."""
 
     def run(*rows, **options):
         path = tmp_path / "submissions.jsonl"
         path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
         code = grade_file(problems, path, **options)
         out, err = capsys.readouterr()
-        return code, [json.loads(line) for line in out.splitlines()], err.splitlines()
+        tier, *said = err.splitlines()
+        assert tier.startswith("sandbox ")
+        return code, [json.loads(line) for line in out.splitlines()], said
 
     return run
 
