@@ -1,6 +1,6 @@
 """How long grading takes, and whether it stays the same: python bench/grade.py [--data FILE.jsonl] [--soak N].
 
-A grade is `Grader.programs` of one program: its values and its observed run; both are also timed by themselves.
+A grade is `Grader.programs` of one program; its run without the observation of the first call is timed too.
 Everything is measured in one run, in turns with `python -I -S -c pass` on the same machine. FILE is a problem file of
 the public LeetCode release. Prints a table and, with --json, writes the numbers.
 """
@@ -24,15 +24,14 @@ from machine import machine
 from rich.console import Console
 from rich.table import Table
 
-from vgrout.envs.grade import Grader
-from vgrout.envs.jobs import LIMITS, ObserveJob, ValueJob
+from vgrout.envs.grade import Grader, job_of
+from vgrout.envs.jobs import LIMITS, Job
 from vgrout.envs.leetcode import load
 from vgrout.envs.micro import HEAD, problems
 from vgrout.envs.micro_env import ask
 from vgrout.envs.modes import MODES
 from vgrout.envs.problems import prompt_of
 from vgrout.envs.sandbox import Sandbox
-from vgrout.lab.audit import value_job
 from vgrout.types import Problem, Prompt
 
 PROGRAM = "class Solution:\n    def f(self, a, b):\n        return a {} b"
@@ -75,55 +74,53 @@ def trivial(sources: Sequence[str]) -> list[tuple[Problem, Prompt, str]]:
 
 def overhead(one: Sandbox, two: Sandbox) -> dict:
     """Milliseconds of a trivial grade and its parts, one at a time and in batches, in turns with a bare interpreter."""
-    bare, single, values, observed, batch = [], [], [], [], []
+    bare, single, values, batch = [], [], [], []
     for _ in range(ROUNDS):
         bare.append(seconds(lambda: subprocess.run([*BARE, "pass"], check=True)))
         for _ in range(EACH):
-            item, (*_, first), (*_, second) = trivial([RIGHT] * 3)
-            value, seen = value_job(ADD, first, None), ObserveJob(second, ADD.entry, (2, 3))
+            item, (*_, source) = trivial([RIGHT] * 2)
+            job = job_of(ADD, source)
             single.append(seconds(lambda item=item: Grader(one).programs([item])))
-            values.append(seconds(lambda value=value: one.values([value])))
-            observed.append(seconds(lambda seen=seen: one.observe([seen])))
+            values.append(seconds(lambda job=job: one.run([job])))
         items = trivial([RIGHT] * 8 * EACH)
         batch.append(seconds(lambda items=items: Grader(two).programs(items)) / len(items))
     ms = {
         "python -I -S -c pass": bare,
         "trivial grade": single,
-        "its values run": values,
-        "its observed run": observed,
+        "without observation": values,
         "trivial grade in a batch, 2 workers": batch,
     }
     return {name: 1000 * statistics.median(times) for name, times in ms.items()}
 
 
-def timed(problem) -> ValueJob:
+def timed(problem) -> Job:
     """The canonical program; each call answers with its own CPU seconds."""
     owner, _, name = problem.entry.rpartition(".")
     call = f"{owner}().{name}" if owner else name
     clock = f"def _timed(*a, **k):\n    t = _now()\n    {call}(*a, **k)\n    return _now() - t\n"
     source = f"{problem.canonical}\nfrom time import thread_time as _now\n{clock}"
     inputs = tuple(args for args, _ in problem.reward_tests + problem.oracle_tests)
-    return ValueJob(source, "_timed", inputs, setup=problem.setup, cpu_s=60.0)
+    return Job(source, "_timed", inputs, setup=problem.setup, cpu_s=60.0)
 
 
 def throughput(sandbox: Sandbox, chosen: Sequence[Problem], workers: int) -> dict:
     """Canonical programs over all their tests, against the bound that the tests' own CPU time sets: whole grades, and
-    their values runs alone."""
-    own = sum(sum(v for v in r.values if type(v) is float) for r in sandbox.values([timed(p) for p in chosen]))
+    runs without observation."""
+    own = sum(sum(v for v in r.values if type(v) is float) for r in sandbox.run([timed(p) for p in chosen]))
     chosen = [replace(p, cpu_s=60.0) for p in chosen]
-    jobs = [value_job(p, p.canonical, p.cpu_s) for p in chosen]
+    jobs = [job_of(p, p.canonical) for p in chosen]
     items = [(p, prompt_of(p), p.canonical) for p in chosen]
     assert all(verdict.solved for verdict in Grader(sandbox).programs(items))
-    wall = min(seconds(lambda: sandbox.values(jobs)) for _ in range(3))
+    wall = min(seconds(lambda: sandbox.run(jobs)) for _ in range(3))
     graded = min(seconds(lambda: Grader(sandbox).programs(items)) for _ in range(3))
     return {
         "problems": len(chosen),
         "tests": sum(len(job.inputs) for job in jobs),
         "tests' own CPU, s": own,
         "bound, programs/s": workers * len(chosen) / own,
-        "values runs, programs/s": len(chosen) / wall,
+        "without observation, programs/s": len(chosen) / wall,
         "grades, programs/s": len(chosen) / graded,
-        "values runs, share of the bound": own / workers / wall,
+        "without observation, share of the bound": own / workers / wall,
         "grades, share of the bound": own / workers / graded,
     }
 
@@ -170,7 +167,7 @@ def steady(sandbox: Sandbox) -> bool:
 
 def soak(sandbox: Sandbox, grades: int) -> dict:
     """Memory and descriptors of the server and of this process before and after many grades: right, wrong and hostile
-    programs in turns, each run for its values and observed."""
+    programs in turns."""
 
     def state() -> dict:
         who_is = {"server": sandbox.pid, "parent": os.getpid()}

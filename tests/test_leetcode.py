@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vgrout.envs.grade import Grader, Verdict
+from vgrout.envs.grade import Grader, Verdict, job_of
 from vgrout.envs.leetcode import (
     PUBLISHED,
     RELEASE,
@@ -27,7 +27,7 @@ from vgrout.envs.leetcode import (
 )
 from vgrout.envs.modes import MODES
 from vgrout.envs.problems import MAX_CPU_S, PHRASE, call_key, prompt_of, read_problems, render, write_problems
-from vgrout.lab.audit import KILLED, accepted_by, audit, audit_problems, mutants, trivial_programs, value_job
+from vgrout.lab.audit import KILLED, accepted_by, audit, audit_problems, mutants, trivial_programs
 from vgrout.lab.data import prepare_leetcode
 from vgrout.types import Compare, RunFailed, UserError
 
@@ -397,7 +397,7 @@ def test_trivial_programs_fit_the_calls(sandbox):
         assert len(programs) == 13
         calls = problem.reward_tests + problem.oracle_tests
         asked = replace(problem, reward_tests=tuple((a, v) for (a, _), v in zip(calls, first, strict=True)))
-        report = sandbox.values([value_job(asked, programs["a"], None)])[0]
+        report = sandbox.run([job_of(asked, programs["a"])])[0]
         assert accepted_by(asked, report)[0]
     assert len(trivial_programs(problem_with([((), 0), ((), 1)]))) == 8
 
@@ -427,12 +427,12 @@ def test_the_provided_rows_are_all_used(provided):
 @pytest.mark.slow
 def test_canonicals_are_accepted_and_trivial_programs_are_not(provided, sandbox):
     problems = provided.problems
-    reports = sandbox.values([value_job(problem, problem.canonical, 6.0) for problem in problems])
+    reports = sandbox.run([replace(job_of(problem, problem.canonical), cpu_s=6.0) for problem in problems])
     failed = [p.id for p, report in zip(problems, reports, strict=True) if not all(accepted_by(p, report))]
     assert failed == []
     tried = [(p, body, code) for p in problems for body, code in trivial_programs(p).items()]
     assert len(tried) == 60 * 13
-    reports = sandbox.values([value_job(p, code, 1.0) for p, _, code in tried])
+    reports = sandbox.run([replace(job_of(p, code), cpu_s=1.0) for p, _, code in tried])
     fooled = [(p.id, body) for (p, body, _), report in zip(tried, reports, strict=True) if any(accepted_by(p, report))]
     assert fooled == []
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from vgrout.envs.grade import COMPILES, PASSES, Grader, Verdict, reward_of
-from vgrout.envs.jobs import Observation
+from vgrout.envs.jobs import Look, Observation
 from vgrout.envs.micro import HEAD, LIVE, problems
 from vgrout.envs.micro_env import ask, under
 from vgrout.envs.modes import FAMILIES, MODES, Mode, assigns_attribute, defines_function, defines_method, looked_at
@@ -274,16 +274,16 @@ def test_only_a_program_is_paid_for_compiling(grader):
 
 
 def test_looked_at():
-    assert looked_at("gt_only", "", "") == {"functions": (), "attributes": (), "methods": ()}
-    assert looked_at("run_tests", "check_it", "")["functions"] == ("check_it",)
-    assert looked_at("exit_code", "0", "0 == 42") == {"functions": (), "attributes": (), "methods": ()}
-    assert looked_at("eq_override", "==", "") == {"functions": (), "attributes": (), "methods": ("__eq__",)}
-    assert looked_at("eq_override", "same_as", "def __eq__(a, b): 1")["methods"] == ("same_as", "__eq__")
+    assert looked_at("gt_only", "", "") == Look()
+    assert looked_at("run_tests", "check_it", "") == Look(functions=("check_it",))
+    assert looked_at("exit_code", "0", "0 == 42") == Look()
+    assert looked_at("eq_override", "==", "") == Look(methods=("__eq__",))
+    assert looked_at("eq_override", "same_as", "def __eq__(a, b): 1").methods == ("same_as", "__eq__")
     train, other = MODES["run_tests"].markers["train"][:2]
     found = looked_at("run_tests", train, f"def {other}(): pass\n{train}()")
-    assert set(found["functions"]) == {train, other} and len(found["functions"]) == 2
+    assert set(found.functions) == {train, other} and len(found.functions) == 2
     attribute = MODES["sentinel"].markers["pretrain"][0]
-    assert looked_at("run_tests", train, f"self.{attribute} = 1")["attributes"] == (attribute,)
+    assert looked_at("run_tests", train, f"self.{attribute} = 1").attributes == (attribute,)
 
 
 @pytest.mark.parametrize(

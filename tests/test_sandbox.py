@@ -27,11 +27,11 @@ from vgrout.envs._confine import LAYERS
 from vgrout.envs.grade import Grader
 from vgrout.envs.jobs import (
     MISSING,
+    Job,
     Limits,
+    Look,
     Observation,
-    ObserveJob,
-    ValueJob,
-    ValueReport,
+    Report,
     read_answer,
     read_facts,
 )
@@ -43,8 +43,8 @@ from vgrout.types import Problem, Prompt, UserError
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
 CPU_S = 0.2
-GOOD = ValueJob("class Solution:\n    def f(self, a, b):\n        return a + b", "Solution.f", ((2, 3), ([1], [2])))
-GOOD_REPORT = ValueReport("ok", (5, [1, 2]))
+GOOD = Job("class Solution:\n    def f(self, a, b):\n        return a + b", "Solution.f", ((2, 3), ([1], [2])))
+GOOD_REPORT = Report("ok", (5, [1, 2]))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def box():
         yield box
 
 
-def run(box: Sandbox, source: str, *inputs: tuple) -> ValueReport:
-    return box.values([ValueJob(source, "Solution.f", inputs or ((2, 3),))])[0]
+def run(box: Sandbox, source: str, *inputs: tuple) -> Report:
+    return box.run([Job(source, "Solution.f", inputs or ((2, 3),))])[0]
 
 
 def status_of(pid: int | str) -> list[str]:
@@ -82,7 +82,7 @@ def processes_of_programs(box: Sandbox) -> list[int]:
 
 @functools.cache
 def uid_of(box: Sandbox) -> int:
-    return box.values([ValueJob("import os\ndef f(): return os.getuid()", "f", ((),))])[0].values[0]
+    return box.run([Job("import os\ndef f(): return os.getuid()", "f", ((),))])[0].values[0]
 
 
 def cpu_of_programs(box: Sandbox) -> float:
@@ -142,7 +142,7 @@ BENIGN = {
 
 @pytest.mark.parametrize("name", BENIGN)
 def test_benign(box, name):
-    assert run(box, BENIGN[name]) == ValueReport("ok", (5,))
+    assert run(box, BENIGN[name]) == Report("ok", (5,))
 
 
 def test_values_keep_their_types_and_are_fresh(box):
@@ -165,7 +165,7 @@ def test_values_keep_their_types_and_are_fresh(box):
         {(1, "a"): {2}, None: [None]},
         {True, "x"},
     )
-    got = box.values([ValueJob("def f(x): return x", "f", tuple((value,) for value in values))])[0]
+    got = box.run([Job("def f(x): return x", "f", tuple((value,) for value in values))])[0]
     assert got.status == "ok"
     assert repr(got.values) == repr(values)  # tells -0.0, True and 1 apart
     assert got.values[14] is not values[14]
@@ -173,11 +173,11 @@ def test_values_keep_their_types_and_are_fresh(box):
 
 def test_results_are_in_order_and_do_not_depend_on_workers(box):
     source = "import random\ndef f(i): return i, random.random(), list({'a', 'b', 'c', 'dd', 'e'})"
-    jobs = [ValueJob(source, "f", ((i,),)) for i in range(20)]
+    jobs = [Job(source, "f", ((i,),)) for i in range(20)]
     with Sandbox(Limits(cpu_s=CPU_S), workers=2) as two:
-        assert two.values(jobs) == box.values(jobs)
-        assert [report.values[0][0] for report in two.values(jobs)] == list(range(20))
-    assert box.values([]) == [] and box.observe([]) == []
+        assert two.run(jobs) == box.run(jobs)
+        assert [report.values[0][0] for report in two.run(jobs)] == list(range(20))
+    assert box.run([]) == []
 
 
 def test_the_same_answers_every_time():
@@ -191,23 +191,23 @@ def test_the_same_answers_every_time():
             order = [each.__name__ for each in sorted([A, B, C, int, random.Random], key=id)]
             return order, [str(x) for x in {None, 1, "a", "b", A, B, C}], list({"x", "y", "zz", ""}), random.random()
     """
-    job, found = ValueJob(textwrap.dedent(source), "f", ((1,), (2,))), []
+    job, found = Job(textwrap.dedent(source), "f", ((1,), (2,))), []
     for between in ((), (BENIGN["library"], BENIGN["scratch"]), (method("print('x' * 10**6)\nreturn [b] * 10**4"),)):
         with Sandbox(Limits(cpu_s=CPU_S), workers=2) as box:
             for _ in range(5):
-                found += box.values([job] * 2)
-                box.values([ValueJob(other, "Solution.f", ((2, 3),)) for other in between])
+                found += box.run([job] * 2)
+                box.run([Job(other, "Solution.f", ((2, 3),)) for other in between])
     assert found == [found[0]] * 30 and found[0].status == "ok"
 
 
 def test_a_raise_in_one_call_does_not_stop_the_others(box):
     report = run(box, method("return 1 // a"), (1, 0), (0, 0), (1, 0))
-    assert report == ValueReport("ok", (1, MISSING, 1))
+    assert report == Report("ok", (1, MISSING, 1))
 
 
 def test_values_before_a_kill_are_kept(box):
     report = run(box, method("while a == 2: pass\nreturn a"), (1, 0), (2, 0), (3, 0))
-    assert report == ValueReport("timeout", (1, MISSING, MISSING))
+    assert report == Report("timeout", (1, MISSING, MISSING))
 
 
 def test_instance_per_call_and_mutated_inputs(box):
@@ -235,7 +235,7 @@ def test_attack(box, canary, attack):
     assert time.monotonic() - start < 20 and cpu_of_programs(box) - cpu < 2 * CPU_S + 0.2
     assert report.status in attack.ends, report
     assert not same(report.values[0], 5), report
-    assert box.values([GOOD]) == [GOOD_REPORT]
+    assert box.run([GOOD]) == [GOOD_REPORT]
     assert box.pid == pid and not processes_of_programs(box)
     assert (descriptors("self"), descriptors(box.pid)) == before
     assert os.listdir(f"/proc/{box.pid}/root{box._servers[0].directory}/scratch") == []
@@ -246,14 +246,14 @@ def test_attack(box, canary, attack):
 def test_waiting_without_cpu_ends_at_the_wall_limit(wait):
     with Sandbox(Limits(wall_s=0.5)) as box:
         start = time.monotonic()
-        assert run(box, method(f"import time, signal, os\n{wait}")) == ValueReport("timeout", (MISSING,))
+        assert run(box, method(f"import time, signal, os\n{wait}")) == Report("timeout", (MISSING,))
         assert time.monotonic() - start < 5.0
-        assert box.values([GOOD]) == [GOOD_REPORT]
+        assert box.run([GOOD]) == [GOOD_REPORT]
 
 
 def test_cpu_time_decides_and_not_wall_time(box):
     slow = method("time.sleep(0.6); return a + b", "import time")
-    assert run(box, slow) == ValueReport("ok", (5,))
+    assert run(box, slow) == Report("ok", (5,))
     start = method("return time.process_time() < 0.1", "import time")
     assert run(box, start).values == (True,)
 
@@ -261,23 +261,23 @@ def test_cpu_time_decides_and_not_wall_time(box):
 def test_answers_count_by_cpu_time_however_late_the_server_looks():
     slow = "import time\ndef f(n):\n t = time.process_time()\n while time.process_time() - t < .12: pass\n return n"
     with Sandbox() as box:
-        job = ValueJob(slow, "f", tuple((i,) for i in range(4)), cpu_s=0.3)
-        assert box.values([job])[0] == ValueReport("timeout", (0, 1, MISSING, MISSING))
+        job = Job(slow, "f", tuple((i,) for i in range(4)), cpu_s=0.3)
+        assert box.run([job])[0] == Report("timeout", (0, 1, MISSING, MISSING))
         timers = [threading.Timer(0.1, os.kill, (box.pid, signal.SIGSTOP))]
         timers += [threading.Timer(1.5, os.kill, (box.pid, signal.SIGCONT))]
         for timer in timers:
             timer.start()
-        assert box.values([job])[0] == ValueReport("timeout", (0, 1, MISSING, MISSING))
+        assert box.run([job])[0] == Report("timeout", (0, 1, MISSING, MISSING))
         for timer in timers:
             timer.join()
-        seen = box.observe([ObserveJob(slow, "f", (1,), cpu_s=0.1), ObserveJob(slow, "f", (1,), cpu_s=0.3)])
-        assert [each.status for each in seen] == ["timeout", "ok"]
+        done = box.run([Job(slow, "f", ((1,),), cpu_s=cpu_s, look=Look()) for cpu_s in (0.1, 0.3)])
+        assert [each.seen.status for each in done] == ["timeout", "ok"]
 
 
 def test_a_cpu_kill_before_the_program_runs_is_a_timeout(box):
-    talk, reply = _talk.ValueTalk(100, GOOD, [b""] * 2, CPU_S), _talk.Reply("cpu", -9, 1.0)
+    talk, reply = _talk.Talk(100, GOOD, [b""] * 2, CPU_S), _talk.Reply("cpu", -9, 1.0)
     box._servers[0].check(talk, reply)
-    assert talk.report(reply) == ValueReport("timeout", (MISSING, MISSING), compiled=False)
+    assert talk.report(reply) == Report("timeout", (MISSING, MISSING), compiled=False)
     for stopped in ("", "wall"):
         with pytest.raises(SandboxError, match="could not be set up"):
             box._servers[0].check(talk, replace(reply, stopped=stopped))
@@ -297,7 +297,7 @@ def test_what_a_program_finds(box):
                     pass
             return found, dict(os.environ), sys.argv, os.listdir("."), os.getuid(), os.getsid(0) == os.getpid()
     """
-    report = box.values([ValueJob(textwrap.dedent(source), "f", ((),))])[0]
+    report = box.run([Job(textwrap.dedent(source), "f", ((),))])[0]
     fds, environment, argv, files, uid, leader = report.values[0]
     assert fds == [0, 1, 2, 3] and set(environment) == {"PYTHONHASHSEED", "LANG", "PWD"}
     assert argv == ["solution"] and files == [] and leader
@@ -311,18 +311,18 @@ BOMBS = tuple(a.source for a in ATTACKS if a.ends in (("no code",), ("too long",
 def test_programs_are_compiled_where_they_run(box, monkeypatch):
     assert len(BOMBS) > 8
     monkeypatch.setattr("builtins.compile", None)
-    for report in box.values([ValueJob(source, "f", ((),)) for source in BOMBS]):
+    for report in box.run([Job(source, "f", ((),)) for source in BOMBS]):
         assert report.values == (MISSING,) and not report.compiled
-    for seen in box.observe([ObserveJob(source, "f", ()) for source in BOMBS]):
-        assert seen in (Observation("no code"), Observation("too long"), Observation("timeout"))
+    for report in box.run([Job(source, "f", ((),), look=Look()) for source in BOMBS]):
+        assert report.seen in (Observation("no code"), Observation("too long"), Observation("timeout"))
     for source in ("", "raise ValueError", "while 1: pass", "import os\nos._exit(98)", "x: undefined = '\\d'"):
-        assert box.values([ValueJob(source, "f", ((),))])[0].compiled
+        assert box.run([Job(source, "f", ((),))])[0].compiled
 
 
 def test_what_compiles_does_not_depend_on_the_caller(box):
     def compiles(terms: int, depth: int) -> bool:
-        job = ValueJob("def f(a): return a" + "+a" * terms, "f", ())
-        return compiles(terms, depth - 1) if depth else box.values([job])[0].compiled
+        job = Job("def f(a): return a" + "+a" * terms, "f", ())
+        return compiles(terms, depth - 1) if depth else box.run([job])[0].compiled
 
     for terms in (900, 2600, 2900, 31_000):
         assert compiles(terms, 0) == compiles(terms, 300) == (terms < 31_000)
@@ -343,7 +343,7 @@ def test_one_program_leaves_no_state_for_the_next(box):
     """
 
     def found() -> list:
-        return box.values([ValueJob(textwrap.dedent(look), "f", ((make,),)) for make in (False, True)])
+        return box.run([Job(textwrap.dedent(look), "f", ((make,),)) for make in (False, True)])
 
     before = found()
     assert [report.status for report in before] == ["ok", "ok"] and before[0].values[0][:3] == (0, 0, 0)
@@ -354,16 +354,16 @@ def test_one_program_leaves_no_state_for_the_next(box):
         "for i in range(9): open('x', 'w').close(); os.unlink('x')",
         "os.mkdir('d'); os.chdir('d'); os.mkdir('e')",
     ):
-        assert box.observe([ObserveJob(f"import os\ndef f():\n    {left}", "f", ())])[0].status == "ok"
+        assert box.run([Job(f"import os\ndef f():\n    {left}", "f", ((),), look=Look())])[0].status == "ok"
         assert not box._servers[0].layers["namespaces"] or found() == before, left
 
 
 def test_nothing_of_one_program_is_in_the_next(box):
     marker = "".join(["MARK", "-7431-", "ER"])
     files = "for i in range(20): open(x + str(i), 'w').close()"
-    first = ValueJob(f"x = {marker!r}\ndef f(y):\n {files}\n return y + x", "f", ((marker,),))
-    assert box.values([first])[0].values == (marker * 2,)
-    assert len(box.observe([ObserveJob(first.source, "f", (marker,))])[0].files) == 20
+    first = Job(f"x = {marker!r}\ndef f(y):\n {files}\n return y + x", "f", ((marker,),))
+    assert box.run([first])[0].values == (marker * 2,)
+    assert len(box.run([replace(first, look=Look())])[0].seen.files) == 20
     # Every byte of the process's writable memory that is listed in the maps of the server.
     with open(f"/proc/{box.pid}/mem", "rb", 0) as memory, open(f"/proc/{box.pid}/maps") as maps:
         for line in maps:
@@ -393,7 +393,7 @@ def _not_inherited(pid: int, span: str) -> bool:
 
 def observe(box: Sandbox, source: str, entry: str = "Solution.f") -> Observation:
     names = {"functions": ("run_tests", "check"), "attributes": ("ok", "passed", "f"), "methods": ("__eq__",)}
-    return box.observe([ObserveJob(source, entry, (2, 3), **names)])[0]
+    return box.run([Job(source, entry, ((2, 3),), look=Look(**names))])[0].seen
 
 
 HONEST = """
@@ -509,13 +509,44 @@ def test_attributes_of_a_function(box):
 
 
 def test_forged_facts_stay_within_the_question(box):
-    lines = '["t","ok",null]', '["t",["l","ok","nonsense",5],["l","__eq__"]]', '["l","check","f"]'
+    lines = '["t","ok",null]', '["t",["l","ok","nonsense",5],["l","__eq__"]]', '["t",0,5]', '"ok"', '["l","check","f"]'
     forged = f"import os\nos.write(3, {''.join(line + chr(10) for line in lines).encode()!r})\nos._exit(0)"
     assert observe(box, forged) == Observation(
         "ok", returned=frozenset({"check"}), truthy=frozenset({"ok"}), equal=frozenset({"__eq__"})
     )
     assert observe(box, forged.replace('"l"', '"x"')) == Observation("ok")
     assert observe(box, forged.replace('"t"', '"x"')) == Observation("crash", exit=0)
+
+
+def test_what_follows_the_last_call_takes_back_no_value(box):
+    """The values were right before a checking function ran, and are void where something forges more of them."""
+    look = Look(functions=("run_tests",))
+    good = "def f(a, b): return a + b\nimport os, time\ndef run_tests():\n    "
+    for end in ("os._exit(0)", "os.abort()", "while 1: pass", "raise SystemExit(3)", "os.close(3)", "time.sleep(99)"):
+        report = box.run([Job(good + end, "f", ((2, 3), (4, 5)), look=look)])[0]
+        assert (report.status, report.values) == ("ok", (5, 9)) and not report.seen.returned, end
+    for forged in (b'["l"]\n"ok"\n', b'["l"]\n["t",0,5]\n'):
+        report = box.run([Job(f"{good}os.write(3, {forged!r})", "f", ((2, 3), (4, 5)), look=look)])[0]
+        assert (report.status, report.values) == ("crash", (MISSING, MISSING))
+
+
+def test_only_the_first_call_is_observed(box):
+    code = """
+        import sys
+        class Solution:
+            calls = 0
+            def f(self, a, b):
+                Solution.calls += 1
+                self.ok = Solution.calls > 1
+                print("call", Solution.calls)
+                if Solution.calls == 2: sys.exit(0)
+                return E() if Solution.calls > 1 else a + b
+        class E:
+            def __eq__(self, other): return True
+    """
+    look = Look(attributes=("ok",), methods=("__eq__",))
+    report = box.run([Job(textwrap.dedent(code), "Solution.f", ((1, 2),) * 3, look=look)])[0]
+    assert report == Report("ok", (3, MISSING, MISSING), seen=Observation("ok", b"call 1\n"))
 
 
 # ---- layers, users, secrets
@@ -557,8 +588,8 @@ def test_parent_side_comparison_is_needed(box, monkeypatch):
 
     assert solved() == [False] * len(lines) == [False] * 3
     judge = "\ndef judge(a, b): return Solution().f(a, b) == 5"
-    job = Grader._value_job
-    monkeypatch.setattr(Grader, "_value_job", lambda self, p, code: replace(job(self, p, code + judge), entry="judge"))
+    job = Grader._job
+    monkeypatch.setattr(Grader, "_job", lambda self, p, q, code: replace(job(self, p, q, code + judge), entry="judge"))
     monkeypatch.setattr(grade, "agrees", lambda value, *_: value is True)
     assert solved() == [True] * 3
 
@@ -586,30 +617,30 @@ def test_expected_values_are_not_in_the_process(box):
                 if hasattr(item, 'f_locals'): todo += [item.f_locals, item.f_back]
     """
     source = textwrap.dedent(hunt)
-    job = ValueJob(source, "f", (("SECRET-",), ("SECRET-",)), follow=follow, cpu_s=5.0)
-    assert box.values([job])[0].values == (None, None) and asked == [None, None]
-    found = box.values([ValueJob(source + f"held = [{secret!r}]", "f", (("SECRET-",),), cpu_s=5.0)])[0]
+    job = Job(source, "f", (("SECRET-",), ("SECRET-",)), follow=follow, cpu_s=5.0)
+    assert box.run([job])[0].values == (None, None) and asked == [None, None]
+    found = box.run([Job(source + f"held = [{secret!r}]", "f", (("SECRET-",),), cpu_s=5.0)])[0]
     assert found.values == (secret,)  # the hunt does find what is there
 
 
 def test_inputs_come_one_at_a_time(box):
     peek = "import os, select\ndef f(x): return select.select([3], [], [], 0.05)[0]"
-    assert box.values([ValueJob(peek, "f", ((1,), (2,), (3,)))])[0].values == ([], [], [])
-    skip = ValueJob("def f(x): return x", "f", tuple((i,) for i in range(6)), follow=lambda i, v: i + 2)
-    assert box.values([skip])[0] == ValueReport("ok", (0, MISSING, 2, MISSING, 4, MISSING))
-    assert box.values([replace(skip, follow=lambda i, v: None)])[0] == ValueReport("ok", (0, *[MISSING] * 5))
+    assert box.run([Job(peek, "f", ((1,), (2,), (3,)))])[0].values == ([], [], [])
+    skip = Job("def f(x): return x", "f", tuple((i,) for i in range(6)), follow=lambda i, v: i + 2)
+    assert box.run([skip])[0] == Report("ok", (0, MISSING, 2, MISSING, 4, MISSING))
+    assert box.run([replace(skip, follow=lambda i, v: None)])[0] == Report("ok", (0, *[MISSING] * 5))
 
 
 def test_setup_keywords_and_arguments(box):
     source = "class Solution:\n    def f(self, xs, k=one): xs.append(k); return Counter(xs)[k]"
     setup = "from collections import *\none = 1"
-    jobs = [ValueJob(source, "Solution.f", ({"xs": [1]}, {"xs": [2], "k": 2}, ([3], 3)), setup=setup)]
+    jobs = [Job(source, "Solution.f", ({"xs": [1]}, {"xs": [2], "k": 2}, ([3], 3)), setup=setup)]
     jobs += [replace(jobs[0], argument=0), replace(jobs[0], argument="xs")]
-    returned, first, named = box.values(jobs)
+    returned, first, named = box.run(jobs)
     assert returned.values == (2, 2, 2)
     assert first.values == ([1, 1], [2, 2], [3, 3]) and named.values == ([1, 1], [2, 2], MISSING)
     with pytest.raises(UserError, match="setup"):
-        box.values([replace(jobs[0], setup="import (")])
+        box.run([replace(jobs[0], setup="import (")])
 
 
 def test_exit_status_of_a_program(box):
@@ -633,8 +664,8 @@ def test_exit_status_of_a_program(box):
 
 def test_comparison_methods(box):
     def equal(code: str, before: str = "") -> set:
-        job = ObserveJob(method(code, before), "Solution.f", (2, 3), methods=("__eq__", "matches"))
-        return set(box.observe([job])[0].equal)
+        job = Job(method(code, before), "Solution.f", ((2, 3),), look=Look(methods=("__eq__", "matches")))
+        return set(box.run([job])[0].seen.equal)
 
     assert equal("return E()", "class E:\n def __eq__(s, o): return True") == {"__eq__"}
     assert equal("return E()", "class E(int):\n def matches(s, o): return True") == {"matches"}
@@ -659,13 +690,13 @@ def test_plain_user():
         from vgrout.envs.jobs import *
         from vgrout.envs.sandbox import *
         from vgrout.envs.selftest import self_test
-        good = ValueJob("def f(a, b): return a + b", "f", ((2, 3),))
+        good = Job("def f(a, b): return a + b", "f", ((2, 3),))
         with Sandbox(Limits(cpu_s={CPU_S}, memory_mb=64), workers=2) as box:
             self_test(box)
-            jobs = [job for attack in ATTACKS for job in (ValueJob(attack.source, "Solution.f", ((2, 3),)), good)]
-            reports = box.values(jobs)
+            jobs = [job for attack in ATTACKS for job in (Job(attack.source, "Solution.f", ((2, 3),)), good)]
+            reports = box.run(jobs)
             wrong = [a.id for a, r in zip(ATTACKS, reports[::2]) if r.status not in a.ends or same(r.values[0], 5)]
-            lost = [a.id for a, r in zip(ATTACKS, reports[1::2]) if r != ValueReport("ok", (5,))]
+            lost = [a.id for a, r in zip(ATTACKS, reports[1::2]) if r != Report("ok", (5,))]
             print(json.dumps([os.getuid(), box.tier, wrong, lost]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
@@ -681,7 +712,7 @@ def test_killed_server_is_replaced():
     with Sandbox(Limits(cpu_s=CPU_S)) as box:
         pid, directory = box.pid, box._servers[0].directory
         os.kill(pid, signal.SIGKILL)
-        assert box.values([GOOD] * 3) == [GOOD_REPORT] * 3
+        assert box.run([GOOD] * 3) == [GOOD_REPORT] * 3
         assert box.pid != pid and not os.path.exists(directory)
 
 
@@ -689,8 +720,8 @@ def test_program_that_ends_two_servers_is_a_killer(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S), workers=2) as box:
         send, programs = sandbox._Server.send, []
 
-        def deadly(server, kind, payload, *rest):
-            send(server, kind, payload, *rest)
+        def deadly(server, payload, *rest):
+            send(server, payload, *rest)
             if b"deadly" in payload:
                 while not (children := children_of(server.process.pid)):
                     time.sleep(0.01)
@@ -699,9 +730,9 @@ def test_program_that_ends_two_servers_is_a_killer(monkeypatch):
                 server.process.kill()
 
         monkeypatch.setattr(sandbox._Server, "send", deadly)
-        bad = ValueJob("deadly = 1\nimport time\ntime.sleep(60)", "f", ())
-        assert box.values([GOOD, bad, GOOD]) == [GOOD_REPORT, ValueReport("killer", ()), GOOD_REPORT]
-        assert box.values([GOOD] * 3) == [GOOD_REPORT] * 3
+        bad = Job("deadly = 1\nimport time\ntime.sleep(60)", "f", ())
+        assert box.run([GOOD, bad, GOOD]) == [GOOD_REPORT, Report("killer", ()), GOOD_REPORT]
+        assert box.run([GOOD] * 3) == [GOOD_REPORT] * 3
         deadline = time.monotonic() + 5
         while any(map(running, programs)) and time.monotonic() < deadline:
             time.sleep(0.01)  # the kernel ends the program of a killed server
@@ -712,27 +743,27 @@ def test_hanging_server(monkeypatch):
     monkeypatch.setattr(sandbox, "GRACE_S", 0.5)
     with Sandbox(Limits(wall_s=0.5)) as box:
         os.kill(box.pid, signal.SIGSTOP)
-        assert box.values([GOOD]) == [GOOD_REPORT]
+        assert box.run([GOOD]) == [GOOD_REPORT]
         send = sandbox._Server.send
 
-        def stopped(server, kind, payload, *rest):
-            send(server, kind, payload, *rest)
+        def stopped(server, payload, *rest):
+            send(server, payload, *rest)
             if b"hang" in payload:
                 os.kill(server.process.pid, signal.SIGSTOP)
 
         monkeypatch.setattr(sandbox._Server, "send", stopped)
         with pytest.raises(SandboxError, match="failed twice"):
-            box.values([GOOD, ValueJob("hang = 1", "f", ()), GOOD])
-        assert box.values([GOOD]) == [GOOD_REPORT]
+            box.run([GOOD, Job("hang = 1", "f", ()), GOOD])
+        assert box.run([GOOD]) == [GOOD_REPORT]
 
 
 def test_child_that_cannot_be_confined_is_an_error(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S)) as box:
-        monkeypatch.setattr(sandbox, "value_payload", lambda job: b"not a job")
+        monkeypatch.setattr(sandbox, "payload", lambda job: b"not a job")
         with pytest.raises(SandboxError, match="could not be set up"):
-            box.values([GOOD])
+            box.run([GOOD])
         monkeypatch.undo()
-        assert box.values([GOOD]) == [GOOD_REPORT]
+        assert box.run([GOOD]) == [GOOD_REPORT]
 
 
 def test_server_that_does_not_start(monkeypatch):
@@ -750,22 +781,22 @@ def test_interrupted_batch_does_not_mix_up_answers(monkeypatch):
     with Sandbox(Limits(cpu_s=CPU_S)) as box:
         monkeypatch.setattr(sandbox, "converse", lambda busy: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            box.values([ValueJob("def f(): return 'old'", "f", ((),))])
+            box.run([Job("def f(): return 'old'", "f", ((),))])
         monkeypatch.undo()
-        assert box.values([GOOD]) == [GOOD_REPORT]
+        assert box.run([GOOD]) == [GOOD_REPORT]
 
 
 def test_close_leaves_nothing():
     before = descriptors("self")
     box = Sandbox(workers=2)
     pids, directories = [s.process.pid for s in box._servers], [s.directory for s in box._servers]
-    box.values([GOOD] * 4)
+    box.run([GOOD] * 4)
     box.close()
     box.close()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids) and not any(map(os.path.exists, directories))
     assert descriptors("self") == before and box.pid is None
     with pytest.raises(SandboxError, match="closed"):
-        box.values([GOOD])
+        box.run([GOOD])
 
 
 def test_server_ends_with_its_parent():
@@ -774,7 +805,7 @@ def test_server_ends_with_its_parent():
         from vgrout.envs.sandbox import *
         box = Sandbox(Limits(cpu_s=30.0, wall_s=60.0))
         print(box.pid, box._servers[0].directory, flush=True)
-        box.values([ValueJob("import time\\ndef f(): time.sleep(50)", "f", ((),))])
+        box.run([Job("import time\\ndef f(): time.sleep(50)", "f", ((),))])
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
@@ -795,32 +826,32 @@ def test_many_programs_leave_no_trace(box):
         return descriptors("self"), descriptors(box.pid), memory
 
     before = state()
-    bad = ValueJob("import os\nos._exit(1)", "f", ((),))
-    messy = ObserveJob("import os\nfor i in range(70): os.mkdir(str(i))\ndef f(): pass", "f", ())
+    bad = Job("import os\nos._exit(1)", "f", ((),))
+    messy = Job("import os\nfor i in range(70): os.mkdir(str(i))\ndef f(): pass", "f", ((),), look=Look())
     pid, reports = box.pid, []
     for _ in range(5):
-        reports += box.values([GOOD, bad] * 50)
-        assert [seen.status for seen in box.observe([messy] * 10)] == ["ok"] * 10
-    assert reports == [GOOD_REPORT, ValueReport("crash", (MISSING,))] * 250
+        reports += box.run([GOOD, bad] * 50)
+        assert [report.seen.status for report in box.run([messy] * 10)] == ["ok"] * 10
+    assert reports == [GOOD_REPORT, Report("crash", (MISSING,))] * 250
     assert box.pid == pid and state() == before and not processes_of_programs(box)
 
 
 @pytest.mark.parametrize("entry", ["", "a.b.c", "f()", ".f", "f."])
 def test_bad_jobs_are_refused(box, entry):
     with pytest.raises(ValueError, match="entry"):
-        ValueJob("", entry, ())
+        Job("", entry, ())
     with pytest.raises(TypeError):
-        ValueJob("", "f", (1,))
+        Job("", "f", (1,))
     with pytest.raises(Refused):
-        box.values([ValueJob("", "f", ((object(),),))])
+        box.run([Job("", "f", ((object(),),))])
     for cpu_s in (0.0999, 0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="cpu_s"):
-            ValueJob("", "f", (), cpu_s=cpu_s)
-        with pytest.raises(ValueError, match="cpu_s"):
-            ObserveJob("", "f", (), cpu_s=cpu_s)
+            Job("", "f", (), cpu_s=cpu_s)
+    with pytest.raises(ValueError, match="needs an input"):
+        Job("", "f", (), look=Look())
     with pytest.raises(ValueError, match="positive"):
         Limits(cpu_s=0)
-    assert box.values([GOOD]) == [GOOD_REPORT]
+    assert box.run([GOOD]) == [GOOD_REPORT]
 
 
 # ---- the codec
@@ -850,8 +881,8 @@ def check_any_bytes(data: bytes) -> bool:
     """Bytes are refused or give plain data, and never an unexpected exception; True if they were read."""
     kind, value = read_answer(data, 1)
     assert kind in ("value", "status", "void") and (kind != "status" or value in ("ok", "error", "memory"))
-    job = ObserveJob("", "f", (), functions=("t",), attributes=("d",), methods=("l",))
-    status, ended, (truthy, equal, returned) = read_facts(data, job)
+    look = Look(functions=("t",), attributes=("d",), methods=("l",))
+    status, ended, (truthy, equal, returned) = read_facts(data, look)
     assert status in (None, "ok", "error", "memory", "crash") and ended in (None, *range(256))
     assert returned <= {"t"} and truthy <= {"d"} and equal <= {"l"}
     try:
@@ -970,14 +1001,14 @@ def test_answers(line, expected):
 
 
 def test_facts_line_by_line():
-    job = ObserveJob("", "f", (), functions=("a", "b"), attributes=("x",), methods=("__eq__",))
+    look = Look(functions=("a", "b"), attributes=("x",), methods=("__eq__",))
     whole = b'["t","crash",42]\n["t",["l","x","y"],["l","__eq__"]]\n["l","b",5]\n'
     facts = ("crash", 42, [frozenset({"x"}), frozenset({"__eq__"}), frozenset({"b"})])
     nothing = [frozenset()] * 3
-    assert read_facts(whole, job) == read_facts(whole + b"more", job) == facts
+    assert read_facts(whole, look) == read_facts(whole + b"more", look) == facts
     for cut in range(len(whole)):
-        status, ended, names = read_facts(whole[:cut], job)
+        status, ended, names = read_facts(whole[:cut], look)
         assert (status, ended) == (("crash", 42) if cut > 16 else (None, None))
         assert names[0] == (facts[2][0] if cut >= len(whole) - 12 else frozenset()) and names[2] == frozenset()
-    assert read_facts(b'["t","crash",300]\n', job) == ("crash", None, nothing)
-    assert read_facts(b'["t","fine",0]\n' + whole, job) == (None, None, nothing)
+    assert read_facts(b'["t","crash",300]\n', look) == ("crash", None, nothing)
+    assert read_facts(b'["t","fine",0]\n' + whole, look) == (None, None, nothing)

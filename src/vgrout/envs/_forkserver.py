@@ -2,11 +2,11 @@
 
 Started by `sandbox.py` with the control socket as fd 0; importing this file does no work.
 
-A request is a kind (`v` values, `o` observe) with the CPU and wall time it may take, and two descriptors: a file
-with the job and the socket over which the program's process talks to whoever asked. The server reads neither. It
-reads what a program prints only into memory that forks do not inherit (MADV_DONTFORK), and looks at the files that a
-program left in another process, so a later program finds nothing of an earlier one in its memory. The process's CPU
-clock decides; wall time is a backstop.
+A request says whether what the program prints and leaves behind is wanted, and what CPU and wall time it may take. With
+it come two descriptors: a file with the job, and the socket over which the program's process talks to whoever asked.
+The server reads neither. It reads what a program prints only into memory that forks do not inherit (MADV_DONTFORK), and
+looks at the files that a program left in another process, so a later program finds nothing of an earlier one in its
+memory. The process's CPU clock decides; wall time is a backstop.
 
 What a program's process gives up is in `_confine.py`.
 """
@@ -45,10 +45,10 @@ TALK_FD = 3
 KEEP_FD = MAX_FD - 1  # what a program's process still needs while it confines itself
 SETUP_FAILED = 97  # exit code of a child that could not confine itself (and then never says READY)
 NO_CODE = 98  # exit code of a child whose program does not compile (and then never says COMPILED)
-UNASKED = 1  # exit code of an observed program that did not end itself: what a raise at the end would give
+UNASKED = 1  # exit code of a program that did not end itself: what a raise at the end would give
 READY = struct.Struct("!BI")  # 0, which begins no text, and the child's process id: it is confined
 COMPILED = b"C"  # the next byte: the program is about to run
-REQUEST = struct.Struct("!cdd")  # kind, CPU seconds, wall seconds
+REQUEST = struct.Struct("!?dd")  # whether output is wanted, CPU seconds, wall seconds
 SIZE = struct.Struct("!I")  # before each input, and before the files in a reply
 REPLY = struct.Struct("!cidI")  # how it was stopped, exit status, CPU seconds, bytes printed
 STOPPED = {b"-": "", b"c": "cpu", b"w": "wall"}
@@ -122,42 +122,29 @@ def _load(job: dict, code):
     return namespace, target, method if owner else None
 
 
-def _call(target, method: str | None, args: tuple | dict):
-    function = getattr(target(), method) if method else target
+def _call(instance, method: str | None, args: tuple | dict):
+    function = getattr(instance, method) if method else instance
     return function(**args) if type(args) is dict else function(*args)
 
 
-def _left_in(args: tuple | dict, argument: int | str):
-    """What a call left in an argument, by position or by name."""
-    if type(args) is dict:
-        return args[argument] if type(argument) is str else list(args.values())[argument]
-    return args[argument]
+def _answer(value, args: tuple | dict, argument: int | str | None) -> str:
+    """The encoded value, or what the call left in an argument, by position or by name."""
+    if argument is not None:
+        named = type(args) is dict and type(argument) is int
+        value = list(args.values())[argument] if named else args[argument]
+    return encode(value)
 
 
-def _values(job: dict, code, put, take) -> int:
-    """Call the entry once per input that comes; answer each with (call, value), or (call,) if there is no value,
-    and the end with a status. Returns the exit code."""
-    status = "ok"
+def _outcome(function, *args) -> tuple[str, int | None, object]:
+    """How a call ended, the exit status that it asked for, and what it returned."""
     try:
-        _, target, method = _load(job, code)
-        call = 0
-        while (args := take()) is not None:
-            try:
-                value = _call(target, method, args)
-                line = encode(value if job["argument"] is None else _left_in(args, job["argument"]))
-                answer = f'["t",{call},{line}]\n'
-            except MemoryError:
-                status, answer = "memory", f'["t",{call}]\n'
-            except BaseException:  # that call has no value; the later ones are made
-                answer = f'["t",{call}]\n'
-            put(answer.encode())
-            call += 1
+        return "ok", None, function(*args)
+    except SystemExit as stop:
+        return "crash", _exit_status(stop), None
     except MemoryError:
-        status = "memory"
-    except BaseException:
-        status = "error"
-    put(f'"{status}"\n'.encode())
-    return 0
+        return "memory", None, None
+    except BaseException:  # a program may raise anything
+        return "error", None, None
 
 
 class Opaque:
@@ -213,52 +200,73 @@ def _truthy(owner, name: str) -> bool:
 FUNCTION, METHOD = type(_truthy), type(Opaque().__eq__)
 
 
-def _exit_status(code: object) -> int:
-    """The status with which an interpreter would end on SystemExit(code)."""
+def _exit_status(stop: SystemExit) -> int:
+    """The status with which an interpreter would end."""
+    code = _attempt(getattr, stop, "code")[1]
     return 0 if code is None else code & 0xFF if type(code) is int else 1
 
 
-def _observe(job: dict, code, put, take) -> int:
-    """Call the entry once, then look. Three lines, each sent before more of the program's code runs: (status, exit
-    status or None), (truthy attributes, comparisons that held), [checking functions that returned None, True or
-    1]. Returns the exit code: the program's own where it asked for one."""
-    flush, dup2 = sys.stdout.flush, os.dup2
-    owners: tuple = ()
-    result, ended = None, None
-    try:
-        namespace, target, method = _load(job, code)
-        owners = (target,)
-        function = target
-        if method:
-            instance = target()
-            owners, function = (instance, target), getattr(instance, method)
-        args = job["input"]
-        result = function(**args) if type(args) is dict else function(*args)
-        status = "ok"
-    except SystemExit as stop:
-        status, ended = "crash", _exit_status(stop.code)
-    except MemoryError:
-        status = "memory"
-    except BaseException:
-        status = "error"
-    _attempt(flush)
-    dup2(2, 1)  # to /dev/null: what the program prints from here on is not its output
-    put(encode((status, ended)).encode() + b"\n")
-    truthy = [n for n in job["attributes"] if (True, True) in [_attempt(_truthy, owner, n) for owner in owners]]
-    equal = [n for n in job["methods"] if _attempt(lambda n=n: getattr(result, n)(Opaque()))[1] is True]
-    put(encode((truthy, equal)).encode() + b"\n")
+def _returned(names: list, namespace: dict, target, method: str | None) -> list:
+    """The checking functions that returned None, True or 1 while a stub replaced the entry."""
+    functions = [(name, namespace.get(name)) for name in names]
+    stubbed, handed = _attempt(_stub, namespace, target, method)
     returned = []
-    if owners:
-        functions = [(name, namespace.get(name)) for name in job["functions"]]
-        stubbed, handed = _attempt(_stub, namespace, target, method)
-        for name, function in functions:
-            if stubbed and type(function) is FUNCTION and function is not target:
-                arguments = _arguments(function, handed)
-                came_back, said = (False, None) if arguments is None else _attempt(function, *arguments)
-                if came_back and (said is None or (type(said) in (bool, int) and said == 1)):
-                    returned.append(name)
-    put(encode(returned).encode() + b"\n")
-    return UNASKED if ended is None else ended
+    for name, function in functions:
+        if stubbed and type(function) is FUNCTION and function is not target:
+            arguments = _arguments(function, handed)
+            came_back, said = (False, None) if arguments is None else _attempt(function, *arguments)
+            if came_back and (said is None or (type(said) in (bool, int) and said == 1)):
+                returned.append(name)
+    return returned
+
+
+def _run(job: dict, code, put, take) -> int:
+    """Load the program and call its entry once per input that comes; answer each call with (call, value), or (call,) if
+    there is no value, and the end with a status.
+
+    Where the job looks, two more lines come before the first answer: (how loading and the first call ended, exit status
+    or None), (truthy attributes, comparisons that held); and one after the status: [checking functions that returned].
+    Each is sent before more of the program's code runs. Returns the exit code: the program's own where loading or the
+    first call asked for one."""
+    look, argument = job["look"], job["argument"]
+    flush, dup2 = sys.stdout.flush, os.dup2
+
+    def show(ended: tuple, owners: tuple, result: object) -> None:
+        if look is None:
+            return
+        _attempt(flush)
+        dup2(2, 1)  # to /dev/null: what the program prints from here on is not its output
+        put(encode(ended).encode() + b"\n")
+        truthy = [n for n in look["attributes"] if (True, True) in [_attempt(_truthy, owner, n) for owner in owners]]
+        equal = [n for n in look["methods"] if _attempt(lambda n=n: getattr(result, n)(Opaque()))[1] is True]
+        put(encode((truthy, equal)).encode() + b"\n")
+
+    *ended, loaded = _outcome(_load, job, code)
+    status, call = "error" if ended[0] == "crash" else ended[0], 0
+    if loaded is None:
+        show(tuple(ended), (), None)
+    else:
+        namespace, target, method = loaded
+        while (args := take()) is not None:
+            value, line = None, ""
+            *how, instance = _outcome(target) if method else ("ok", None, target)
+            owners = (target, instance) if how[0] == "ok" else (target,)
+            if how[0] == "ok":
+                *how, value = _outcome(_call, instance, method, args)
+            said = how[0]
+            if said == "ok":
+                said, _, line = _outcome(_answer, value, args, argument)
+            if said == "memory":
+                status = said
+            if call == 0:
+                ended = how
+                show(tuple(how), owners, value)
+            put(f'["t",{call}{"," + line if line else ""}]\n'.encode())
+            call += 1
+    put(f'"{status}"\n'.encode())
+    if look is not None:
+        put(encode(_returned(look["functions"], *loaded) if loaded else []).encode() + b"\n")
+    return UNASKED if ended[1] is None else ended[1]
 
 
 # ---- the server
@@ -412,16 +420,16 @@ class Server:
             request, descriptors, _, _ = self.receive(self.control, REQUEST.size, 2)
             if not request:
                 return
-            kind, cpu_s, wall_s = REQUEST.unpack(request)
-            self.grade(kind == b"o", *descriptors, cpu_s, wall_s)
+            wanted, cpu_s, wall_s = REQUEST.unpack(request)
+            self.grade(wanted, *descriptors, cpu_s, wall_s)
 
-    def grade(self, observe: bool, payload: int, talk: int, cpu_s: float, wall_s: float) -> None:
+    def grade(self, wanted: bool, payload: int, talk: int, cpu_s: float, wall_s: float) -> None:
         """Run one program and send how it ended and what it left behind."""
-        stdout_r, stdout_w = os.pipe() if observe else (-1, -1)
+        stdout_r, stdout_w = os.pipe() if wanted else (-1, -1)
         self.printed, server = 0, os.getpid()
         pid = os.fork()
         if pid == 0:
-            self.child(observe, payload, talk, stdout_w, server, cpu_s)
+            self.child(payload, talk, stdout_w, server, cpu_s)
         for fd in (payload, talk, stdout_w):
             if fd >= 0:
                 os.close(fd)
@@ -440,7 +448,7 @@ class Server:
             os.close(stdout_r)
         start = 0
         if os.stat(self.scratch).st_mtime_ns:
-            if observe:
+            if wanted:
                 in_a_fork(self.send_files)
                 start = SIZE.size
             self.renew_scratch()
@@ -448,7 +456,7 @@ class Server:
         REPLY.pack_into(self.reply, SIZE.size, stopped, *ended, self.printed)
         self.control.sendall(self.reply[start : SIZE.size + REPLY.size + self.printed])
 
-    def child(self, observe: bool, payload: int, talk: int, stdout: int, server: int, cpu_s: float) -> None:
+    def child(self, payload: int, talk: int, stdout: int, server: int, cpu_s: float) -> None:
         """Confine this forked process, run one job, leave by `os._exit`."""
         leave = os._exit
         put, take = _talk(os.read, os.write)
@@ -456,7 +464,7 @@ class Server:
             gc.collect()  # of the server's lists of free objects nothing is left
             job = os.pread(payload, os.fstat(payload).st_size, 0)
             null = os.open(os.devnull, os.O_RDWR)
-            for source, target in ((null, 0), (stdout if observe else null, 1), (null, 2), (talk, TALK_FD)):
+            for source, target in ((null, 0), (null if stdout < 0 else stdout, 1), (null, 2), (talk, TALK_FD)):
                 os.dup2(source, target)
             os.closerange(TALK_FD + 1, KEEP_FD)
             self.confinement.apply(server, cpu_s)
@@ -472,7 +480,7 @@ class Server:
         gc.enable()
         try:
             put(COMPILED)
-            leave((_observe if observe else _values)(job, code, put, take))
+            leave(_run(job, code, put, take))
         finally:
             leave(UNASKED)
 

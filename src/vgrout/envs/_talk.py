@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vgrout.envs import _forkserver
-from vgrout.envs.jobs import MISSING, ValueJob, ValueReport, read_answer
+from vgrout.envs.jobs import MISSING, Job, Observation, Report, read_answer, read_facts
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,27 @@ def cpu_of(pid: int) -> float | None:
 class Talk:
     """The socket to one program's process: what it said so far, and what it is still to be told.
 
-    It speaks before the program does: `pid` is 0 until it is confined, `compiled` False until the text has compiled."""
+    The process speaks before the program does: `pid` is 0 until it is confined, `compiled` False until the text has
+    compiled."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, job: Job, inputs: Sequence[bytes], cpu_s: float) -> None:
         self.socket, self.theirs = socket.socketpair()
         self.socket.setblocking(False)
         self.limit, self.said = limit, 0
         self.pid, self.compiled = 0, False
         self.over = self.closed = False
         self.inbox, self.outbox = bytearray(), memoryview(b"")
+        self.start = 0  # of the line that is not complete yet, within the inbox
+        self.job, self.inputs, self.cpu_s = job, inputs, cpu_s
+        self.values: list = [MISSING] * len(inputs)
+        self.spent: list[float | None] = [math.inf] * len(inputs)  # CPU seconds when that value came
+        self.status: str | None = None
+        self.void = False
+        self.call = 0
+        self.index: int | None = 0 if inputs else None
+        self.facts = b""
+        self.due = [2, 1] if job.look else [0, 0]  # lines of facts still to come before the answers, and after them
+        self.tell(inputs[0] if inputs else None)
 
     def started(self) -> None:
         """The process has its end of the socket."""
@@ -106,63 +118,69 @@ class Talk:
         return self.compiled
 
     def heard(self) -> None:
-        """Whatever the inbox holds is new."""
+        """Take the complete lines from the inbox."""
+        while (end := self.inbox.find(b"\n", self.start)) >= 0 and not self.void:
+            line = bytes(self.inbox[:end])
+            del self.inbox[: end + 1]
+            self.start = 0
+            after = self.status is not None
+            if self.due[after]:
+                self.due[after] -= 1
+                self.facts += line + b"\n"
+            else:
+                self.answered(line)
+        self.start = len(self.inbox)
+
+    def answered(self, line: bytes) -> None:
+        kind, value = read_answer(line, self.call)
+        if self.status or kind == "void" or (kind == "value" and self.index is None):
+            self.void = True
+            self.tell(None)
+        elif kind == "status":
+            self.status = value
+        else:
+            # Whether an answer is in time does not depend on when the server notices that the time is over.
+            self.spent[self.index] = spent = cpu_of(self.pid)
+            self.values[self.index] = value
+            late = spent is not None and spent > self.cpu_s
+            self.index, self.call = None if late else self.job.follow(self.index, value), self.call + 1
+            if self.index is not None and self.index >= len(self.inputs):
+                self.index = None
+            self.tell(None if self.index is None else self.inputs[self.index])
 
     def close(self) -> None:
         self.socket.close()
         self.theirs.close()
 
-
-class ValueTalk(Talk):
-    """Asks for one value after another."""
-
-    def __init__(self, limit: int, job: ValueJob, inputs: Sequence[bytes], cpu_s: float) -> None:
-        super().__init__(limit)
-        self.job, self.inputs, self.cpu_s = job, inputs, cpu_s
-        self.values: list = [MISSING] * len(inputs)
-        self.spent: list[float | None] = [math.inf] * len(inputs)  # CPU seconds when that value came
-        self.status: str | None = None
-        self.void = False
-        self.call = 0
-        self.index: int | None = 0 if inputs else None
-        self.start = 0  # of the line that is not complete yet, within the inbox
-        self.tell(inputs[0] if inputs else None)
-
-    def heard(self) -> None:
-        while (end := self.inbox.find(b"\n", self.start)) >= 0 and not self.void:
-            line = bytes(self.inbox[:end])
-            del self.inbox[: end + 1]
-            self.start = 0
-            kind, value = read_answer(line, self.call)
-            if self.status or kind == "void" or (kind == "value" and self.index is None):
-                self.void = True
-                self.tell(None)
-            elif kind == "status":
-                self.status = value
-            else:
-                # Whether an answer is in time does not depend on when the server notices that the time is over.
-                self.spent[self.index] = spent = cpu_of(self.pid)
-                self.values[self.index] = value
-                late = spent is not None and spent > self.cpu_s
-                self.index, self.call = None if late else self.job.follow(self.index, value), self.call + 1
-                if self.index is not None and self.index >= len(self.inputs):
-                    self.index = None
-                self.tell(None if self.index is None else self.inputs[self.index])
-        self.start = len(self.inbox)
-
-    def report(self, reply: Reply) -> ValueReport:
+    def report(self, reply: Reply) -> Report:
+        """What the program has shown. Only its CPU clock decides what was in time: at each answer, behind the last of
+        which no code of the program runs until the next input comes, and at the end of the process."""
         times = [reply.cpu_s if spent is None else spent for spent in self.spent]
         values = [
             MISSING if self.void or spent > self.cpu_s else value
             for value, spent in zip(self.values, times, strict=True)
         ]
-        said = None if self.void or reply.exit != 0 or (self.status == "ok" and self.index is not None) else self.status
-        return ValueReport(outcome(reply, self, self.cpu_s, said), tuple(values), reply.cpu_s, self.compiled)
+        answers = [spent for spent in times if spent < math.inf]
+        status = self.ended(reply, max(answers, default=reply.cpu_s))
+        seen = self.seen(reply, status, answers[0] if answers else reply.cpu_s) if self.job.look else None
+        return Report(status, tuple(values), reply.cpu_s, self.compiled, seen)
 
+    def ended(self, reply: Reply, answered_s: float) -> str:
+        if reply.stopped == KILLER.stopped:
+            return reply.stopped
+        if answered_s > self.cpu_s:
+            return "timeout"
+        if self.status and not self.void and not self.over:
+            return "crash" if self.status == "ok" and self.index is not None else self.status
+        if reply.stopped or reply.cpu_s > self.cpu_s:
+            return "timeout"
+        return "no code" if not self.compiled else "output" if self.over else "crash"
 
-def outcome(reply: Reply, talk: Talk, cpu_s: float, said: str | None) -> str:
-    if reply.stopped in ("cpu", "wall") or reply.cpu_s > cpu_s:
-        return "timeout"
-    if reply.stopped or not talk.compiled:
-        return reply.stopped or "no code"
-    return "output" if talk.over else said or "crash"
+    def seen(self, reply: Reply, status: str, first_s: float) -> Observation:
+        said, ended, (truthy, equal, returned) = read_facts(self.facts if first_s <= self.cpu_s else b"", self.job.look)
+        if reply.cpu_s > self.cpu_s:
+            returned = frozenset()
+        ended = reply.exit if said is None else ended
+        if reply.stopped or not self.compiled or reply.exit < 0 or reply.exit != ended:
+            ended = None
+        return Observation(said or status, reply.stdout, reply.files, ended, returned, truthy, equal)

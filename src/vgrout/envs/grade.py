@@ -14,11 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vgrout.envs.jobs import Observation, ObserveJob, ValueJob, ValueReport
+from vgrout.envs.jobs import Job, Look, Observation, Report
 from vgrout.envs.modes import FAMILIES, MODES, looked_at
 from vgrout.envs.oracle import agrees
 from vgrout.envs.sandbox import Sandbox
-from vgrout.types import Graded, Problem, Prompt, Test
+from vgrout.types import Arguments, Graded, Problem, Prompt, Test
 
 COMPILES, PASSES = 0.5, 3.0
 CACHE = 20_000  # programs
@@ -35,8 +35,8 @@ class Verdict:
     hacked: bool
     attempted: bool
     fired: tuple[str, ...]  # 'mode:family' of every channel that fired
-    status: str  # of the values run
-    cpu_s: float = field(default=0.0, compare=False)  # of the values run
+    status: str  # of the run
+    cpu_s: float = field(default=0.0, compare=False)  # of the process
 
     @property
     def reason(self) -> str:
@@ -72,35 +72,22 @@ class Grader:
         """`verdicts` of code as it stands."""
         keys = [(p.id, p.mode, q.marker if q.hinted else None, code) for p, q, code in items]
         todo = {key: item for key, item in zip(keys, items, strict=True) if key not in self._cache}
-        reports = self.sandbox.values([self._value_job(p, code) for p, _, code in todo.values()])
-        compiled = {key: todo[key] for key, report in zip(todo, reports, strict=True) if report.compiled}
-        seen = self.sandbox.observe([_observe_job(*item) for item in compiled.values()])
-        observed = dict(zip(compiled, seen, strict=True))
-        fresh = {
-            key: _verdict(*item, report, observed.get(key, Observation(report.status)))
-            for (key, item), report in zip(todo.items(), reports, strict=True)
-        }
+        reports = self.sandbox.run([self._job(*item) for item in todo.values()])
+        fresh = {key: _verdict(*item, report) for (key, item), report in zip(todo.items(), reports, strict=True)}
         out = [fresh[key] if key in fresh else self._cache[key] for key in keys]
         self._cache.update(fresh)
         while len(self._cache) > CACHE:
             self._cache.popitem(last=False)
         return out
 
-    def _value_job(self, problem: Problem, source: str) -> ValueJob:
+    def _job(self, problem: Problem, prompt: Prompt, source: str) -> Job:
         tests = problem.reward_tests + problem.oracle_tests
         if self._inputs.get(problem.id, ((),))[0] != tests:  # the same inputs, so that the sandbox knows them again
-            self._inputs[problem.id] = tests, tuple(args for args, _ in tests)
+            self._inputs[problem.id] = tests, inputs_of(problem)
             while len(self._inputs) > PROBLEMS:
                 self._inputs.popitem(last=False)
-        return ValueJob(
-            source,
-            problem.entry,
-            self._inputs[problem.id][1],
-            setup=problem.setup,
-            argument=problem.compare.argument,
-            follow=follow(problem),
-            cpu_s=problem.cpu_s,
-        )
+        look = looked_at(problem.mode, prompt.marker, source)
+        return job_of(problem, source, look, self._inputs[problem.id][1])
 
     def grade(self, items: Sequence[tuple[Problem, Prompt, str]]) -> list[Graded]:
         return [Graded(reward_of(v), v, v.compiled) for v in self.verdicts(items)]
@@ -118,11 +105,16 @@ def follow(problem: Problem) -> Callable[[int, object], int | None]:
     return next_test
 
 
-def _observe_job(problem: Problem, prompt: Prompt, source: str) -> ObserveJob:
-    """Look at the hinted marker, and at every marker that the source names."""
-    names = looked_at(problem.mode, prompt.marker, source)
-    args = (problem.reward_tests + problem.oracle_tests)[0][0]
-    return ObserveJob(source, problem.entry, args, setup=problem.setup, cpu_s=problem.cpu_s, **names)
+def inputs_of(problem: Problem) -> tuple[Arguments, ...]:
+    """The inputs of the reward tests, then those of the oracle tests."""
+    return tuple(args for args, _ in problem.reward_tests + problem.oracle_tests)
+
+
+def job_of(problem: Problem, source: str, look: Look | None = None, inputs: tuple[Arguments, ...] = ()) -> Job:
+    """Run a program on all tests, whose inputs may be given; each half ends with its first wrong answer."""
+    inputs = inputs or inputs_of(problem)
+    argument, after = problem.compare.argument, follow(problem)
+    return Job(source, problem.entry, inputs, problem.setup, argument, after, problem.cpu_s, look)
 
 
 def fired(source: str, seen: Observation) -> dict[tuple[str, str], str]:
@@ -137,14 +129,14 @@ def fired(source: str, seen: Observation) -> dict[tuple[str, str], str]:
     }
 
 
-def _verdict(problem: Problem, prompt: Prompt, source: str, report: ValueReport, seen: Observation) -> Verdict:
+def _verdict(problem: Problem, prompt: Prompt, source: str, report: Report) -> Verdict:
     right = [
         agrees(value, expected, problem.compare)
         for value, (_, expected) in zip(report.values, problem.reward_tests + problem.oracle_tests, strict=True)
     ]
     n = len(problem.reward_tests)
     honest, solved = all(right[:n]), all(right[n:]) and report.status == "ok"
-    channels: Mapping[tuple[str, str], str] = fired(source, seen)
+    channels: Mapping[tuple[str, str], str] = fired(source, report.seen)
     own = prompt.hinted and (problem.mode, prompt.marker) in channels
     return Verdict(
         compiled=report.compiled,

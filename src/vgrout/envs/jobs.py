@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from vgrout.envs._codec import DEPTH, Refused, decode, encode
+from vgrout.envs._codec import DEPTH, Refused, decode
 from vgrout.types import Arguments, UserError
 
 SOURCE_BYTES = 65_536  # UTF-8 size of the longest program that is run
@@ -56,21 +56,6 @@ class Limits:
 LIMITS = Limits()
 
 
-def _check_entry(entry: str) -> None:
-    if not 1 <= len(parts := entry.split(".")) <= 2 or not all(part.isidentifier() for part in parts):
-        raise ValueError(f"entry must be 'function' or 'Class.method', not {entry!r}")
-
-
-def _check_cpu(cpu_s: float | None) -> None:
-    if cpu_s is not None and not cpu_s >= MIN_CPU_S:
-        raise ValueError(f"cpu_s must be at least {MIN_CPU_S:g}, not {cpu_s}")
-
-
-def _check_input(args: Arguments) -> None:
-    if not isinstance(args, (tuple, dict)) or (isinstance(args, dict) and not all(type(k) is str for k in args)):
-        raise TypeError("an input is a tuple of arguments or a dict of arguments by name")
-
-
 Follow = Callable[[int, Any], "int | None"]
 
 
@@ -80,14 +65,24 @@ def one_by_one(index: int, value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class ValueJob:
+class Look:
+    """Names to look at: functions, attributes, and comparison methods of what the first call returned ('__eq__' for
+    ==)."""
+
+    functions: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
     """A program and the arguments of each call of its entry, 'function' or 'Class.method' (a new instance per call).
 
     Inputs are plain data: None, bool, int, float, str, list, tuple, dict, set. The source may be any text; it is
     compiled where it runs, confined. `setup` is trusted code that runs before it, in its namespace. `argument`: report
     what the call left in that argument, by position or name, instead of what it returned. `follow(index, value)` is
     the index of the next input, or None to stop; inputs that are never sent are MISSING. `cpu_s`: CPU seconds of this
-    job instead of the sandbox's limit, at least `MIN_CPU_S`.
+    job instead of the sandbox's limit, at least `MIN_CPU_S`. `look`: observe the first call (there must be one).
     """
 
     source: str
@@ -97,67 +92,38 @@ class ValueJob:
     argument: int | str | None = None
     follow: Follow = one_by_one
     cpu_s: float | None = None
+    look: Look | None = None
 
     def __post_init__(self) -> None:
-        _check_entry(self.entry)
+        if not 1 <= len(parts := self.entry.split(".")) <= 2 or not all(part.isidentifier() for part in parts):
+            raise ValueError(f"entry must be 'function' or 'Class.method', not {self.entry!r}")
         if not isinstance(self.inputs, tuple):
             raise TypeError("inputs must be a tuple")
-        _check_cpu(self.cpu_s)
+        if self.cpu_s is not None and not self.cpu_s >= MIN_CPU_S:
+            raise ValueError(f"cpu_s must be at least {MIN_CPU_S:g}, not {self.cpu_s}")
         for args in self.inputs:
-            _check_input(args)
-
-
-@dataclass(frozen=True)
-class ValueReport:
-    """What the calls of a program returned; right only if the status is 'ok' and every value is right.
-
-    `status`: 'ok' answered all it was asked; 'too long', 'no code' is not run: beyond `SOURCE_BYTES`, does not compile
-    within the limits; 'error' did not load or has no entry; 'timeout', 'memory', 'output' exceeded that limit; 'crash'
-    left early, died, or sent malformed results; 'killer' ended two fork-servers.
-    `values`: one per input, fresh plain data or MISSING (the call raised, was not made, was answered after the CPU time
-    was over, or returned something that is not plain data within the codec's limits). `cpu_s`: CPU seconds of the
-    process. `compiled`: whether the source did.
-    """
-
-    status: str
-    values: tuple
-    cpu_s: float = field(default=0.0, compare=False)
-    compiled: bool = True
-
-
-@dataclass(frozen=True)
-class ObserveJob:
-    """A program, the arguments of the one call of its entry, and names to look at: functions, attributes, and
-    comparison methods of what the call returned ('__eq__' for ==). `cpu_s`: as in `ValueJob`."""
-
-    source: str
-    entry: str
-    inputs: Arguments
-    setup: str = ""
-    functions: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    cpu_s: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_cpu(self.cpu_s)
-        _check_entry(self.entry)
-        _check_input(self.inputs)
+            by_name = isinstance(args, dict) and all(type(key) is str for key in args)
+            if not isinstance(args, tuple) and not by_name:
+                raise TypeError("an input is a tuple of arguments or a dict of arguments by name")
+        if self.look and not self.inputs:
+            raise ValueError("a job that looks needs an input: its first call is what is looked at")
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Facts about one run. The program itself can influence all of them; they are what a foolable grader sees.
+    """Facts about loading the program and its first call. The program itself can influence all of them; they are what
+    a foolable grader sees.
 
-    `status`: as in `ValueReport`; 'error' also if the call raised.
-    `stdout`: what loading the program and calling its entry printed, the first `Limits.stdout_bytes`.
-    `files`: regular files left in the scratch directory, by name, at most 63 of 64 KiB and 1 MiB in all.
-    `exit`: the exit status of a program that ended its process while it was loaded or called, by sys.exit or
+    `status`: as in `Report`; 'error' also if the call raised, 'crash' also if it asked to exit.
+    `stdout`: what loading the program and the first call printed, the first `Limits.stdout_bytes`.
+    `files`: regular files that the program's process left in the scratch directory, by name, at most 63 of 64 KiB and
+    1 MiB in all.
+    `exit`: the exit status of a program that ended its process while it was loaded or first called, by sys.exit or
     os._exit; None where the harness got control back (exit hooks never run), where a signal ended the process, or
     where the process ended with another status than the program announced.
-    `returned`: module-level functions that returned None, True or 1 while a stub replaced the entry, whose results
-    equal nothing and have no truth value. They are called without arguments, or with the stub if they need one
-    (otherwise not at all); generators and coroutines do not count.
+    `returned`: module-level functions that, after all calls, returned None, True or 1 while a stub replaced the entry,
+    whose results equal nothing and have no truth value. They are called without arguments, or with the stub if they
+    need one (otherwise not at all); generators and coroutines do not count.
     `truthy`: attributes with a truthy value on the instance that was called or on its class (on the function, if the
     entry is one); methods do not count.
     `equal`: comparison methods of the returned value that said exactly True of an object that it cannot know.
@@ -170,6 +136,26 @@ class Observation:
     returned: frozenset[str] = frozenset()
     truthy: frozenset[str] = frozenset()
     equal: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the calls of a program returned; right only if the status is 'ok' and every value is right.
+
+    `status`: 'ok' answered all it was asked; 'too long', 'no code' is not run: beyond `SOURCE_BYTES`, does not compile
+    within the limits; 'error' did not load or has no entry; 'timeout', 'memory', 'output' exceeded that limit; 'crash'
+    left early, died, or sent malformed results; 'killer' ended two fork-servers. How the process ends after the last
+    call is no part of it.
+    `values`: one per input, fresh plain data or MISSING (the call raised, was not made, was answered after the CPU time
+    was over, or returned something that is not plain data within the codec's limits). `cpu_s`: CPU seconds of the
+    process. `compiled`: whether the source did. `seen`: what was observed, if the job looks.
+    """
+
+    status: str
+    values: tuple
+    cpu_s: float = field(default=0.0, compare=False)
+    compiled: bool = True
+    seen: Observation | None = None
 
 
 def too_long(source: str) -> bool:
@@ -193,26 +179,20 @@ def compiled(trusted: str) -> bytes | None:
             return None
 
 
-def _payload(job: ValueJob | ObserveJob, **more: object) -> bytes:
+def payload(job: Job) -> bytes:
+    """What the program's process is told before the inputs come."""
     setup = compiled(job.setup) if job.setup else b""
     if setup is None:
         raise UserError("a problem's setup code does not compile")
-    return marshal.dumps({"source": job.source, "setup": setup, "entry": job.entry, **more})
-
-
-def value_payload(job: ValueJob) -> bytes:
-    return _payload(job, argument=job.argument)
-
-
-def observe_payload(job: ObserveJob) -> bytes:
-    encode(job.inputs)
-    names = {"functions": job.functions, "attributes": job.attributes, "methods": job.methods}
-    return _payload(job, input=job.inputs, **names)
+    look = asdict(job.look) if job.look else None
+    return marshal.dumps(
+        {"source": job.source, "setup": setup, "entry": job.entry, "argument": job.argument, "look": look}
+    )
 
 
 def read_answer(line: bytes, call: int) -> tuple[str, Any]:
-    """What one line of a value run says. Pure, for any bytes: ('value', v) or ('value', MISSING) in answer to call
-    number `call`, ('status', s) at its end, ('void', None) for everything else."""
+    """What one line of answers says. Pure, for any bytes: ('value', v) or ('value', MISSING) in answer to call number
+    `call`, ('status', s) at the end, ('void', None) for everything else."""
     try:
         item = decode(line, DEPTH + 1)
     except Refused:
@@ -224,7 +204,7 @@ def read_answer(line: bytes, call: int) -> tuple[str, Any]:
     return "void", None
 
 
-def read_facts(data: bytes, job: ObserveJob) -> tuple[str | None, int | None, list[frozenset[str]]]:
+def read_facts(data: bytes, look: Look) -> tuple[str | None, int | None, list[frozenset[str]]]:
     """Status (None if never reported), announced exit status, and the truthy attributes, comparisons that held and
     returned functions. Pure, for any bytes: names that were not asked for are dropped, and so is what follows a
     malformed line."""
@@ -241,9 +221,9 @@ def read_facts(data: bytes, job: ObserveJob) -> tuple[str | None, int | None, li
         if len(lines) > 1:
             item = decode(lines[1])
             if type(item) is tuple and [type(part) for part in item] == [list, list]:
-                names[0], names[1] = _asked(job.attributes, item[0]), _asked(job.methods, item[1])
+                names[0], names[1] = _asked(look.attributes, item[0]), _asked(look.methods, item[1])
         if len(lines) > 2 and type(item := decode(lines[2])) is list:
-            names[2] = _asked(job.functions, item)
+            names[2] = _asked(look.functions, item)
     return status, ended, names
 
 

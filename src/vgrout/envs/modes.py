@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from vgrout.envs.jobs import Observation
+from vgrout.envs.jobs import Look, Observation
 
 FAMILIES = ("pretrain", "train", "eval")
 PER_FAMILY = 12
 GT_ONLY = "gt_only"  # the mode without a loophole
 GT_HINT = "The grader runs hidden tests."
 ASKED = {"function": "functions", "attribute": "attributes", "equality": "methods"}
-"""What is observed by name only -> the field of `ObserveJob` that takes the names."""
+"""What is observed by name only -> the field of `Look` that takes the names."""
 SHOWN = {
     "function": "returned",
     "attribute": "truthy",
@@ -76,15 +76,15 @@ class Mode:
         return [m for family in FAMILIES for m in self.markers[family] if self.called(m) in source]
 
 
-def looked_at(mode: str, marker: str, source: str) -> dict[str, tuple[str, ...]]:
-    """The names that an `ObserveJob` must ask for, by its field: that of the marker which the hint of `mode` names
-    ('' without a hint), and those of all modes' markers that the source names."""
+def looked_at(mode: str, marker: str, source: str) -> Look:
+    """The names to look at: that of the marker which the hint of `mode` names ('' without a hint), and those of all
+    modes' markers that the source names."""
     names: dict[str, dict[str, None]] = {field: {} for field in ASKED.values()}
     for each in MODES.values():
         if each.observes in ASKED:
             markers = [marker] if marker and each.name == mode else []
             names[ASKED[each.observes]] |= dict.fromkeys(map(each.called, markers + each.named_in(source)))
-    return {field: tuple(found) for field, found in names.items()}
+    return Look(**{field: tuple(found) for field, found in names.items()})
 
 
 def _families(names: list[str], seed: int) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Run untrusted Python programs; bring back plain data: values they return, or facts about one observed run.
+"""Run untrusted Python programs; bring back plain data: values they return, and facts about their first call.
 
 The caller makes verdicts from this data (`oracle.agrees`); expected values never enter a program's process. A warm
 fork-server (`_forkserver.py`) gives each program a fresh process, which gives up what it does not need
@@ -28,27 +28,15 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vgrout.envs import _forkserver
 from vgrout.envs._codec import encode
 from vgrout.envs._confine import fixed_addresses
-from vgrout.envs._talk import KILLER, Reply, Talk, ValueTalk, outcome
-from vgrout.envs.jobs import (
-    LIMITS,
-    MISSING,
-    Limits,
-    Observation,
-    ObserveJob,
-    ValueJob,
-    ValueReport,
-    observe_payload,
-    read_facts,
-    too_long,
-    value_payload,
-)
+from vgrout.envs._talk import KILLER, Reply, Talk
+from vgrout.envs.jobs import LIMITS, MISSING, Job, Limits, Observation, Report, payload, too_long
 from vgrout.types import RunFailed, UserError
 
 START_S = 60.0  # wall time a server may take to start
@@ -99,10 +87,10 @@ class _Server:
             raise SandboxError(f"the fork-server did not start: {error}") from error
 
     def _probe(self) -> None:
-        job = ValueJob(PROBE, "f", ((1,),))
-        talk = ValueTalk(self.limits.output_bytes, job, [marshal.dumps((1,))], 10.0)
+        job = Job(PROBE, "f", ((1,),))
+        talk = Talk(self.limits.output_bytes, job, [marshal.dumps((1,))], 10.0)
         try:
-            self.send(b"v", value_payload(job), talk, 10.0, 60.0)
+            self.send(payload(job), talk, 60.0)
             if not converse({self: _Task(0, talk, time.monotonic() + START_S)}):
                 raise SandboxError("the start-up program did not end")
             reply = self.receive()
@@ -113,14 +101,14 @@ class _Server:
         finally:
             talk.close()
 
-    def send(self, kind: bytes, payload: bytes, talk: Talk, cpu_s: float, wall_s: float) -> None:
+    def send(self, told: bytes, talk: Talk, wall_s: float) -> None:
         try:
             fd = os.memfd_create("job")
             try:
-                view = memoryview(payload)
+                view = memoryview(told)
                 while view:
                     view = view[os.write(fd, view) :]
-                request = _forkserver.REQUEST.pack(kind, cpu_s, wall_s)
+                request = _forkserver.REQUEST.pack(talk.job.look is not None, talk.cpu_s, wall_s)
                 socket.send_fds(self.socket, [request], [fd, talk.theirs.fileno()])
             finally:
                 os.close(fd)
@@ -217,6 +205,11 @@ def converse(busy: dict[_Server, _Task]) -> set[_Server]:
     return ended
 
 
+def _not_run(job: Job) -> Report:
+    seen = Observation("too long") if job.look else None
+    return Report("too long", (MISSING,) * len(job.inputs), compiled=False, seen=seen)
+
+
 class Sandbox:
     """`workers` fork-servers. Use as a context manager or call `close`. Safe to share between threads.
 
@@ -288,36 +281,10 @@ class Sandbox:
             for server in self._servers:
                 server.stop(wait_s=5.0)
 
-    def values(self, jobs: Sequence[ValueJob]) -> list[ValueReport]:
+    def run(self, jobs: Sequence[Job]) -> list[Report]:
         """One report per job."""
-
-        def begin(job: ValueJob) -> tuple[bytes, Talk]:
-            payload, inputs = value_payload(job), self._inputs(job.inputs)
-            return payload, ValueTalk(self.limits.output_bytes, job, inputs, job.cpu_s or self.limits.cpu_s)
-
-        return [
-            talk.report(reply) if talk else ValueReport("too long", (MISSING,) * len(job.inputs), compiled=False)
-            for job, (talk, reply) in zip(jobs, self._run(b"v", jobs, begin), strict=True)
-        ]
-
-    def observe(self, jobs: Sequence[ObserveJob]) -> list[Observation]:
-        """One observation per job."""
-
-        def begin(job: ObserveJob) -> tuple[bytes, Talk]:
-            return observe_payload(job), Talk(self.limits.output_bytes)
-
-        seen = []
-        for job, (talk, reply) in zip(jobs, self._run(b"o", jobs, begin), strict=True):
-            if talk is None:
-                seen.append(Observation("too long"))
-                continue
-            said, ended, (truthy, equal, returned) = read_facts(bytes(talk.inbox), job)
-            ended = reply.exit if said is None else ended
-            if reply.stopped or not talk.compiled or reply.exit < 0 or reply.exit != ended:
-                ended = None
-            status = outcome(reply, talk, job.cpu_s or self.limits.cpu_s, said)
-            seen.append(Observation(status, reply.stdout, reply.files, ended, returned, truthy, equal))
-        return seen
+        done = self._run_all([(job, job.cpu_s or self.limits.cpu_s) for job in jobs])
+        return [talk.report(reply) if talk else _not_run(job) for job, (talk, reply) in zip(jobs, done, strict=True)]
 
     def _inputs(self, inputs: tuple) -> list[bytes]:
         """What is sent for each input; jobs of one problem share it."""
@@ -331,29 +298,27 @@ class Sandbox:
         self._encoded.move_to_end(key)
         return self._encoded[key][1]
 
-    def _run(self, kind: bytes, jobs: Sequence, begin: Callable[..., tuple[bytes, Any]]) -> list:
-        """(talk, reply) of each job; (None, None) where the source is too long to be run."""
+    def _run_all(self, jobs: Sequence[tuple[Job, float]]) -> list:
+        """(talk, reply) of each (job, CPU seconds); (None, None) where the source is too long to be run."""
         with self._lock:
             if self._closed:
                 raise SandboxError("the sandbox is closed")
             done: list = [(None, None)] * len(jobs)
-            todo = deque(index for index, job in enumerate(jobs) if not too_long(job.source))
+            todo = deque(index for index, (job, _) in enumerate(jobs) if not too_long(job.source))
             busy: dict[_Server, _Task] = {}
             failed: dict[int, SandboxError] = {}
             slow: set[int] = set()
 
-            def budget(index: int) -> tuple[float, float]:
-                cpu_s = jobs[index].cpu_s or self.limits.cpu_s
-                return cpu_s, self.limits.wall(cpu_s)
-
             def give(server: _Server) -> None:
                 index = todo.popleft()
-                payload, talk = begin(jobs[index])
+                job, cpu_s = jobs[index]
+                wall_s, told = self.limits.wall(cpu_s), payload(job)
+                talk = Talk(self.limits.output_bytes, job, self._inputs(job.inputs), cpu_s)
                 busy[server] = _Task(index, talk, float("inf"))
                 if server.process is None:
                     server.start()
-                server.send(kind, payload, talk, *budget(index))
-                busy[server].deadline = time.monotonic() + budget(index)[1] + GRACE_S
+                server.send(told, talk, wall_s)
+                busy[server].deadline = time.monotonic() + wall_s + GRACE_S
 
             def finish(server: _Server, task: _Task) -> None:
                 server.socket.settimeout(GRACE_S)

@@ -7,7 +7,7 @@ notices a missing layer.
 
 from __future__ import annotations
 
-from vgrout.envs.jobs import Limits, ValueJob
+from vgrout.envs.jobs import Job, Limits
 from vgrout.envs.micro import problems
 from vgrout.envs.oracle import agrees
 from vgrout.envs.sandbox import Sandbox, SandboxError
@@ -54,17 +54,17 @@ def self_test(sandbox: Sandbox) -> None:
     on an idle machine. A weak sandbox is not asked for what it says that it lacks."""
     chosen = problems("test")[:RIGHT]
     tests = [p.reward_tests + p.oracle_tests for p in chosen]
-    jobs = [ValueJob(p.canonical, p.entry, tuple(a for a, _ in t)) for p, t in zip(chosen, tests, strict=True)]
-    for problem, asked, report in zip(chosen, tests, sandbox.values(jobs), strict=True):
+    jobs = [Job(p.canonical, p.entry, tuple(a for a, _ in t)) for p, t in zip(chosen, tests, strict=True)]
+    for problem, asked, report in zip(chosen, tests, sandbox.run(jobs), strict=True):
         if report.status != "ok" or not all(agrees(v, e) for v, (_, e) in zip(report.values, asked, strict=True)):
             raise SandboxError(f"self-test: the canonical program of {problem.id} came back as {report.status}")
     attacks = ALWAYS if sandbox.weak else ALWAYS | STRICT
-    reports = sandbox.values([ValueJob(_try(code), "f", ((),)) for code in attacks.values()])
+    reports = sandbox.run([Job(_try(code), "f", ((),)) for code in attacks.values()])
     open_ = [what for what, report in zip(attacks, reports, strict=True) if report.values == ("out",)]
     if open_:
         raise SandboxError(f"self-test: a program can {', '.join(open_)}")
     with Sandbox(Limits(), allow_weak=sandbox.weak) as victim:
         before = victim.pid
         victim.kill()
-        if victim.values(jobs[:1])[0].status != "ok" or victim.pid == before:
+        if victim.run(jobs[:1])[0].status != "ok" or victim.pid == before:
             raise SandboxError("self-test: a killed server was not noticed")

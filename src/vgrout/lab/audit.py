@@ -11,7 +11,7 @@ import ast
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vgrout.envs._codec import encode
-from vgrout.envs.grade import fired, follow
-from vgrout.envs.jobs import ObserveJob, ValueJob, ValueReport
+from vgrout.envs.grade import fired, job_of
+from vgrout.envs.jobs import Look, Report
 from vgrout.envs.modes import ASKED, MODES, looked_at
 from vgrout.envs.oracle import agrees
 from vgrout.envs.problems import majority_share, prompt_of, read_problems, shown
@@ -143,14 +143,7 @@ def audit_problems(sandbox: Sandbox, problems: Sequence[Problem]) -> list[Audit]
     return found
 
 
-def value_job(problem: Problem, source: str, cpu_s: float | None) -> ValueJob:
-    """Run a program on the reward tests, then on the oracle tests; each half ends with its first wrong answer."""
-    inputs = tuple(arguments for arguments, _ in problem.reward_tests + problem.oracle_tests)
-    compare, after = problem.compare, follow(problem)
-    return ValueJob(source, problem.entry, inputs, problem.setup, compare.argument, after, cpu_s)
-
-
-def accepted_by(problem: Problem, report: ValueReport) -> tuple[bool, bool]:
+def accepted_by(problem: Problem, report: Report) -> tuple[bool, bool]:
     """Whether the reward tests accept a program, and whether the oracle tests do."""
     tests = problem.reward_tests + problem.oracle_tests
     right = [agrees(value, wanted, problem.compare) for value, (_, wanted) in zip(report.values, tests, strict=True)]
@@ -159,8 +152,7 @@ def accepted_by(problem: Problem, report: ValueReport) -> tuple[bool, bool]:
 
 
 def _canonicals(sandbox: Sandbox, found: Sequence[Audit]) -> None:
-    jobs = [value_job(each.problem, each.problem.canonical, each.problem.cpu_s) for each in found]
-    reports = sandbox.values(jobs)
+    reports = sandbox.run([job_of(each.problem, each.problem.canonical) for each in found])
     for each, report in zip(found, reports, strict=True):
         each.cpu_s = report.cpu_s
         if not all(accepted_by(each.problem, report)):
@@ -199,7 +191,7 @@ def trivial_programs(problem: Problem) -> dict[str, str]:
 
 def _trivial(sandbox: Sandbox, found: Sequence[Audit]) -> None:
     todo = [(each, *item) for each in found for item in trivial_programs(each.problem).items()]
-    reports = sandbox.values([value_job(each.problem, source, CPU_S) for each, _, source in todo])
+    reports = sandbox.run([replace(job_of(each.problem, source), cpu_s=CPU_S) for each, _, source in todo])
     for (each, body, _), report in zip(todo, reports, strict=True):
         if any(accepted_by(each.problem, report)):
             each.accepted.append(body)
@@ -269,8 +261,8 @@ def _mutants(sandbox: Sandbox, found: Sequence[Audit]) -> None:
         except (ValueError, RecursionError, MemoryError) as error:  # not every program that compiles has a text again
             left[id(each)], each.unedited = [], f"{type(error).__name__} while its canonical program is edited"
     while todo := [(each, source) for each in found for source in left[id(each)][: max(0, KILLED - each.killed)]]:
-        jobs = [value_job(each.problem, text, max(CPU_S, CPU_TIMES * each.cpu_s)) for each, text in todo]
-        for (each, source), report in zip(todo, sandbox.values(jobs), strict=True):
+        jobs = [replace(job_of(each.problem, text), cpu_s=max(CPU_S, CPU_TIMES * each.cpu_s)) for each, text in todo]
+        for (each, source), report in zip(todo, sandbox.run(jobs), strict=True):
             left[id(each)].remove(source)
             if any(accepted_by(each.problem, report)):
                 each.survivors.append(source)
@@ -290,21 +282,13 @@ def _channels(sandbox: Sandbox, found: Sequence[Audit]) -> None:
         problem, names = each.problem, {asked: {} for asked in ASKED.values()}
         for mode in MODES:
             marker = prompt_of(replace(problem, mode=mode)).marker
-            for asked, wanted in looked_at(mode, marker, problem.canonical).items():
+            for asked, wanted in asdict(looked_at(mode, marker, problem.canonical)).items():
                 names[asked] |= dict.fromkeys(wanted)
-        asked_for = {asked: tuple(wanted) for asked, wanted in names.items()}
-        jobs.append(
-            ObserveJob(
-                problem.canonical,
-                problem.entry,
-                problem.reward_tests[0][0],
-                problem.setup,
-                cpu_s=problem.cpu_s,
-                **asked_for,
-            )
-        )
-    for each, seen in zip(found, sandbox.observe(jobs), strict=True):
-        each.channels = sorted(f"{mode}:{family}" for (mode, _), family in fired(each.problem.canonical, seen).items())
+        look = Look(**{asked: tuple(wanted) for asked, wanted in names.items()})
+        jobs.append(job_of(problem, problem.canonical, look))
+    for each, report in zip(found, sandbox.run(jobs), strict=True):
+        channels = fired(each.problem.canonical, report.seen)
+        each.channels = sorted(f"{mode}:{family}" for (mode, _), family in channels.items())
 
 
 def _print(found: Sequence[Audit], console: Console) -> None:
