@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vgrout.cli import DEFAULT_ARMS
 from vgrout.config import Config, preset
 from vgrout.lab import decide as decide_module
-from vgrout.lab.decide import BASE, Job, decide, decision, make_jobs, plan_table, result_table, run_jobs, show
+from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
 from vgrout.lab.record import MARK, claim_folder, read_jsonl
 from vgrout.models.load import model_path
 from vgrout.signals import Interrupted, listening
@@ -195,6 +196,22 @@ def test_costs_follow_rollouts_and_scoring():
     assert placebo == routed > plain
     half, whole = minutes("none", group=8, steps=400)[0], minutes("none", group=16, steps=400)[0]
     assert 1.8 * half < whole < 2 * half + 1
+
+
+def test_workers_end_together():
+    jobs = make_jobs(preset("micro"), DEFAULT_ARMS, (0,))
+    order = in_order(jobs, 2)
+    assert sorted(job.name for job in order) == sorted(job.name for job in jobs) and order == in_order(jobs, 2)
+
+    def end(order: list) -> float:
+        first = second = 0.0
+        for job in order:
+            first, second = sorted((first + job.minutes, second))
+        return second
+
+    whole = sum(job.minutes for job in jobs)
+    assert end(order) < 1.06 * whole / 2 < end(sorted(jobs, key=lambda job: -job.minutes))
+    assert in_order([], 2) == [] and in_order(jobs[:1], 3) == jobs[:1]
 
 
 def test_workers(tmp_path):

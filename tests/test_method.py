@@ -117,15 +117,16 @@ def test_packed_rows_are_the_rows(monkeypatch, room):
     made = rig(rows=2)
     displace(made.adapter)
     policy = Policy(made.model, tokenizer(), made.adapter, 0.7, 2)
-    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [5, 6, 7], [8, 9]]
-    completions = [[11, 12], [13], [14, 15, 16, 17], [11, 12], [18, 19, 20]]
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [10], [5, 6, 7], [8, 9]]
+    completions = [[11, 12], [13], [14, 15, 16, 17], [21], [11, 12], [18, 19, 20]]
     rows = stack(prompts, completions, 0)
-    assert len(pack(rows).tokens) == (2 if room == 512 else 3)
+    # Blocks of 11, 6 and 2 tokens in two sequences; where few tokens share a prompt, blocks of 9, 6, 2 and 5 in three.
+    assert pack(rows).tokens.shape == ((2, 11) if room == 512 else (3, 9))
     parameters = made.adapter.parameters("deployed") + made.adapter.parameters("quarantine")
     with made.adapter.full():
         together = policy.logp(rows)
         alone = torch.zeros_like(together)
-        for i in range(5):
+        for i in range(len(rows.length)):
             row = rows.take(torch.tensor([i]))
             logits = made.model(input_ids=row.tokens, use_cache=False).logits[0, :-1] / 0.7
             n = int(row.length[0])

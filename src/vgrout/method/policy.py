@@ -57,7 +57,8 @@ PACK = 512  # completion tokens that share one copy of their prompt
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of one prompt end to end behind one copy of it; each completion sees the prompt and itself.
+    """Rows of one prompt end to end behind one copy of it, a block; each completion sees the prompt and itself. Short
+    blocks share a sequence.
 
     `source` is where, in the flattened sequences, the token stands that predicts each completion token, row by row.
     """
@@ -72,35 +73,63 @@ def pack(rows: Rows) -> Packed:
     """The rows with every prompt stored once for up to `PACK` completion tokens."""
     sizes = rows.completion.sum(1).tolist()
     starts = [n - c for n, c in zip(rows.length.tolist(), sizes, strict=True)]
+    blocks = _blocks(rows, starts, sizes)
+    lengths = [starts[block[0]] + sum(sizes[i] for i in block) for block in blocks]
+    sequences, width = _sequences(lengths), max(lengths)
+    tokens = torch.zeros(len(sequences), width, dtype=rows.tokens.dtype)
+    position, owner, part = torch.zeros_like(tokens), torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+    source: list[list[int]] = [[] for _ in sizes]
+    for s, members in enumerate(sequences):
+        end = 0
+        for b in members:
+            prompt = starts[blocks[b][0]]
+            here, end = end, end + prompt
+            owner[s, here : here + lengths[b]] = b
+            tokens[s, here:end] = rows.tokens[blocks[b][0], :prompt]
+            position[s, here:end], part[s, here:end] = torch.arange(prompt), 0
+            last = s * width + end - 1
+            for k, i in enumerate(blocks[b], 1):
+                here, end = end, end + sizes[i]
+                tokens[s, here:end] = rows.tokens[i, prompt : prompt + sizes[i]]
+                position[s, here:end], part[s, here:end] = torch.arange(prompt, prompt + sizes[i]), k
+                source[i] = [last, *range(s * width + here, s * width + end - 1)]
+    mine = owner[:, :, None] == owner[:, None, :]
+    seen = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
+    visible = (mine & seen).tril()
+    return Packed(tokens, position, visible[:, None], torch.tensor([t for row in source for t in row]))
+
+
+def _blocks(rows: Rows, starts: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Row indices, those of one prompt together, at most `PACK` completion tokens in a block of several rows."""
     flat = rows.tokens.tolist()
-    packs: list[list[int]] = []  # rows of each sequence
-    last: dict[tuple[int, ...], int] = {}  # prompt -> its sequence with room
+    blocks: list[list[int]] = []
+    last: dict[tuple[int, ...], int] = {}  # prompt -> its block with room
     room: list[int] = []
     for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         prompt = tuple(flat[i][:start])
         at = last.get(prompt)
         if at is None or room[at] < size:
-            at = last[prompt] = len(packs)
-            packs.append([])
+            at = last[prompt] = len(blocks)
+            blocks.append([])
             room.append(PACK)
-        packs[at].append(i)
+        blocks[at].append(i)
         room[at] -= size
-    width = max(starts[p[0]] + sum(sizes[i] for i in p) for p in packs)
-    tokens = torch.zeros(len(packs), width, dtype=rows.tokens.dtype)
-    position, segment = torch.zeros_like(tokens), torch.full_like(tokens, -1)
-    source: list[list[int]] = [[] for _ in sizes]
-    for s, members in enumerate(packs):
-        end = start = starts[members[0]]
-        tokens[s, :start] = rows.tokens[members[0], :start]
-        position[s, :start], segment[s, :start] = torch.arange(start), 0
-        for k, i in enumerate(members, 1):
-            here, end = end, end + sizes[i]
-            tokens[s, here:end] = rows.tokens[i, start : start + sizes[i]]
-            position[s, here:end], segment[s, here:end] = torch.arange(start, start + sizes[i]), k
-            source[i] = [s * width + start - 1, *range(s * width + here, s * width + end - 1)]
-    own = segment[:, :, None] == segment[:, None, :]
-    visible = (own | (segment[:, None, :] == 0)).tril()
-    return Packed(tokens, position, visible[:, None], torch.tensor([t for row in source for t in row]))
+    return blocks
+
+
+def _sequences(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of blocks, in few sequences that are no longer than the longest block: the long ones first, each into the
+    first sequence that has room."""
+    sequences: list[list[int]] = []
+    room: list[int] = []
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        at = next((s for s, left in enumerate(room) if left >= lengths[b]), len(sequences))
+        if at == len(sequences):
+            sequences.append([])
+            room.append(max(lengths))
+        sequences[at].append(b)
+        room[at] -= lengths[b]
+    return sorted(sequences)
 
 
 class Policy:
