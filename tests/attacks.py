@@ -7,6 +7,7 @@ Escapes return 5 when they succeed, so that a hole is a wrong verdict.
 from __future__ import annotations
 
 import errno
+import os
 import textwrap
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def writable(path: str) -> str:
     return escape(f"import os\nos.open({path!r}, os.O_WRONLY | os.O_CREAT, 0o600)")
 
 
-CANARY = "/tmp/vgrout-canary"  # a world-writable file that the test makes and looks at afterwards
+CANARY = f"/tmp/vgrout-canary-{os.getpid()}"  # a world-writable file that the test makes and looks at afterwards
 
 RESOURCE = {
     "R01 fork bomb": (method("return 5", "import os\nwhile 1:\n try: os.fork()\n except OSError: pass"), "timeout"),

@@ -105,6 +105,10 @@ BENIGN = {
     "plain": method("return a + b"),
     "protocol on stdout": method("""print('["t",0,4]'); print('"error"'); return a + b"""),
     "prints much": method("for _ in range(20): print('x' * 10**6)\nreturn a + b"),
+    "own stdout": method("sys.stdout.reconfigure(encoding='utf-8')\nprint(a)\nreturn a + b", "import sys"),
+    "another stdout": method(
+        "return a + b", "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(1)"
+    ),
     "recursion 3000": method("return g(3000) + a + b - 3000", "def g(n): return 1 + g(n - 1) if n else 0"),
     "cached recursion": method(
         "return g(3000) + a + b - 3000",
@@ -143,6 +147,8 @@ BENIGN = {
 @pytest.mark.parametrize("name", BENIGN)
 def test_benign(box, name):
     assert run(box, BENIGN[name]) == Report("ok", (5,))
+    report = box.run([Job(BENIGN[name], "Solution.f", ((2, 3),), look=Look())])[0]
+    assert (report.status, report.values, report.seen.status) == ("ok", (5,), "ok")
 
 
 def test_values_keep_their_types_and_are_fresh(box):
@@ -425,9 +431,9 @@ def test_stdout(box):
     assert observe(box, "print('x')\nraise ValueError") == Observation("error", b"x\n")
     assert observe(box, method("import sys; sys.stderr.write('x')")).stdout == b""
     assert observe(box, method("return a", "def run_tests(): print('passed', flush=True)")).stdout == b""
-    for flood, status in (("print('x' * 10**7)", "ok"), ("while 1: print('x' * 999)", "timeout")):
-        seen = observe(box, method(flood))
-        assert seen.status == status and len(seen.stdout) == 65_536
+    seen = observe(box, method("print('x' * 10**7)"))
+    assert seen.status == "ok" and len(seen.stdout) == 65_536
+    assert observe(box, method("while 1: print('x' * 999)")) == Observation("timeout")
 
 
 def test_files(box):
@@ -448,8 +454,9 @@ def test_files(box):
     }
     many = observe(box, method("for i in range(100): open(f'{i:03}', 'w')"))
     assert list(many.files) == [f"{i:03}" for i in range(63)]
-    killed = observe(box, method("open('x', 'w').write('1')\nwhile 1: pass"))
-    assert killed.status == "timeout" and set(killed.files) == {"x"}
+    killed = observe(box, method("open('x', 'w').write('1')\nos.abort()", "import os"))
+    assert killed.status == "crash" and set(killed.files) == {"x"}
+    assert observe(box, method("open('x', 'w').write('1')\nwhile 1: pass")) == Observation("timeout")
     assert observe(box, method("return a")).files == {}
 
 
@@ -475,8 +482,12 @@ def test_functions(box):
         "raise SystemExit(0)",
         "import unknown",
         "assert s.f(2, 3) == 5",
+        "assert solve(2, 3) == 5",
+        "assert Other().f(2, 3) == 5",
     ):
-        assert returned(f"s = Solution()\ndef run_tests(): {real}") == set(), real
+        held = "s = Solution()\nsolve = s.f\nclass Other(Solution): pass\n"
+        assert returned(f"{held}def run_tests(): {real}") == set(), real
+        assert returned(f"{held}def run_tests(solve=Solution().f): {real}") == set(), real
     assert returned("def run_tests(a, b): pass\ndef check(*, a): pass") == set()
     assert returned("run_tests = print\ncheck = lambda: None") == {"check"}
     assert returned("def other(): pass") == set()
@@ -515,7 +526,7 @@ def test_forged_facts_stay_within_the_question(box):
         "ok", returned=frozenset({"check"}), truthy=frozenset({"ok"}), equal=frozenset({"__eq__"})
     )
     assert observe(box, forged.replace('"l"', '"x"')) == Observation("ok")
-    assert observe(box, forged.replace('"t"', '"x"')) == Observation("crash", exit=0)
+    assert observe(box, forged.replace('"t"', '"x"')) == Observation("crash")
 
 
 def test_what_follows_the_last_call_takes_back_no_value(box):
@@ -530,6 +541,36 @@ def test_what_follows_the_last_call_takes_back_no_value(box):
         assert (report.status, report.values) == ("crash", (MISSING, MISSING))
 
 
+def test_what_comes_after_the_cpu_time_is_not_seen(box):
+    """Whether the server looks in time or not."""
+    code = (
+        "print('x')\nopen('x', 'w').write('1')\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n{}"
+    )
+    for end in ("return 1", "sys.exit(0)"):
+        job = Job(method(code.format(0.3, end), "import sys, time"), "Solution.f", ((2, 3),), look=Look())
+        late, early = replace(job, cpu_s=0.2), replace(job, cpu_s=1.0)
+        timers = [threading.Timer(0.1, os.kill, (box.pid, signal.SIGSTOP))]
+        timers += [threading.Timer(1.0, os.kill, (box.pid, signal.SIGCONT))]
+        for timer in timers:
+            timer.start()
+        assert box.run([late])[0] == Report("timeout", (MISSING,), seen=Observation("timeout"))
+        for timer in timers:
+            timer.join()
+        assert box.run([late])[0] == Report("timeout", (MISSING,), seen=Observation("timeout"))
+        assert box.run([early])[0].seen.stdout == b"x\n" and set(box.run([early])[0].seen.files) == {"x"}
+
+
+def test_a_program_that_asked_to_exit_is_over(box):
+    code = method("if a: sys.exit(0)\nreturn b", "import sys")
+    report = box.run([Job(code, "Solution.f", ((1, 2), (0, 3)), look=Look())])[0]
+    assert report == Report("crash", (MISSING, MISSING), seen=Observation("crash", exit=0))
+
+
+def test_each_call_has_the_memory_to_itself(box):
+    code = "class Solution:\n def __init__(self): self.x = bytearray(40 << 20)\n def f(self, a, b): return a + b"
+    assert box.run([Job(code, "Solution.f", ((2, 3), (4, 5)), look=Look())])[0].values == (5, 9)
+
+
 def test_only_the_first_call_is_observed(box):
     code = """
         import sys
@@ -539,7 +580,7 @@ def test_only_the_first_call_is_observed(box):
                 Solution.calls += 1
                 self.ok = Solution.calls > 1
                 print("call", Solution.calls)
-                if Solution.calls == 2: sys.exit(0)
+                if Solution.calls == 2: raise SystemExit(0)
                 return E() if Solution.calls > 1 else a + b
         class E:
             def __eq__(self, other): return True
@@ -653,6 +694,8 @@ def test_exit_status_of_a_program(box):
     assert status("import os; os._exit(42)") == 42 and status("return 1", "raise SystemExit(0)") == 0
     assert status("exit(7)") == 7 and status("return 1", "quit()") == 0
     forged = 'import os; os.write(3, b\'["t","crash",0]\\n\'); '
+    garbage = "import os\nos.write(3, b'x\\n')\n"
+    assert observe(box, method("return a + b", garbage) + "def run_tests(): os._exit(0)").exit is None
     for end in ("os.abort()", "os._exit(3)", "return 1"):
         assert status(forged + end) is None
     assert status("import os; os.abort()") is None and status("while 1: pass") is None
@@ -963,22 +1006,25 @@ def test_refused_encodings(text):
 
 
 def test_limits_of_the_codec(monkeypatch):
-    monkeypatch.setattr(_codec, "NODES", 1001)
+    monkeypatch.setattr(_codec, "NODES", 1008)
+    monkeypatch.setattr(_codec, "HASHED", 100)
     deep: object = 5
     for _ in range(64):
         deep = [deep]
-    for value in (deep, [0] * 1000, (1 << (1 << 16)) - 1, "x" * (4 << 20)):
+    members = [set(range(50)), dict.fromkeys(range(50))]
+    for value in (deep, [0] * 1000, [()] * 125, members, (1 << (1 << 16)) - 1, "x" * (4 << 20), "[" * 1008):
         assert decode(encode(value)) == value
-    assert decode(encode("[" * 1001)) == "[" * 1001
-    for value in ("[" * 1002, [deep], [0] * 1001, 1 << (1 << 16), "x" * ((4 << 20) + 1), object(), b"", 1j):
+    large = ([deep], [0] * 1001, [()] * 126, [*members, {1}], [*members, {1: 1}], 1 << (1 << 16), "x" * ((4 << 20) + 1))
+    for value in (*large, "[" * 1009, object(), b"", 1j):
         with pytest.raises(Refused):
             encode(value)
-    for text in ('["l"' + ",0" * 1001 + "]", '["l",' * 65 + "0" + "]" * 65):
+    sets = '["l",["s"' + "".join(f",{i}" for i in range(101)) + "]]"
+    for text in ('["l"' + ",0" * 1001 + "]", '["l"' + ',["t"]' * 126 + "]", sets, '["l",' * 65 + "0" + "]" * 65):
         with pytest.raises(Refused):
             decode(text)
     monkeypatch.setattr(_codec, "_scan", lambda *_: pytest.fail("it was scanned"))
     with pytest.raises(Refused, match="brackets"):
-        decode(b"[" * 1002)
+        decode(b"[" * 1009)
 
 
 @pytest.mark.parametrize(

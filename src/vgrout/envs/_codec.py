@@ -14,7 +14,9 @@ import re
 __builtins__ = dict(vars(builtins))
 
 DEPTH = 64  # nesting of a value
-NODES = 200_000  # atoms and containers of a value
+NODES = 200_000  # atoms of a value, and CONTAINER for each container
+CONTAINER = 8  # about what an empty one takes in memory, in atoms
+HASHED = 10_000  # dict keys and set members of a value: ones that collide are quadratic to put together
 TEXT = 4 << 20  # characters in all strings of a value
 INT_BITS = 1 << 16  # size of an integer
 SAFE_INT = 1 << 53  # beyond this an integer travels as tagged hex
@@ -34,7 +36,7 @@ _quote = json.encoder.encode_basestring_ascii
 def encode(value: object) -> str:
     """The line for a value. Raises `Refused` where it is not plain data within the limits."""
     parts: list[str] = []
-    _write(value, 0, parts, [NODES, TEXT])
+    _write(value, 0, parts, [NODES, TEXT, HASHED])
     line = "".join(parts)
     if line.count("[") > NODES:
         raise Refused("too many brackets in texts")
@@ -42,10 +44,11 @@ def encode(value: object) -> str:
 
 
 def _write(item, depth, parts, left):
-    left[0] -= 1
-    if left[0] < 0 or depth > DEPTH:
-        raise Refused("value is too deep or too large")
     kind = type(item)
+    left[0] -= CONTAINER if kind in _TAGS else 1
+    left[2] -= len(item) if kind is set or kind is dict else 0
+    if left[0] < 0 or left[2] < 0 or depth > DEPTH:
+        raise Refused("value is too deep or too large")
     if item is None or kind is bool:
         parts.append("null" if item is None else "true" if item else "false")
     elif kind is int and item.bit_length() <= INT_BITS:
@@ -101,7 +104,7 @@ def _hashable(keys: list) -> list:
 def decode(text: bytes | str, depth: int = DEPTH) -> object:
     """The value that `encode` wrote as `text`, as fresh objects. Pure; raises `Refused` for any other input.
 
-    Memory stays below about 30 times the length of `text`.
+    Memory stays below about 30 times the length of `text`, and what comes back below some 20 MB.
     """
     try:
         text = text.decode("ascii") if isinstance(text, bytes) else text
@@ -110,7 +113,7 @@ def decode(text: bytes | str, depth: int = DEPTH) -> object:
         tree, end = _scan(text, 0)
         if end != len(text):
             raise Refused("text after the value")
-        return _build(tree, depth, [NODES])
+        return _build(tree, depth, [NODES, HASHED])
     except Refused:
         raise
     except (ValueError, TypeError, IndexError, OverflowError, RecursionError, StopIteration) as error:
@@ -130,6 +133,10 @@ def _build(tree, depth, left):
         return float.fromhex(parts[0])
     if tag not in ("l", "t", "s", "d"):
         raise Refused("unknown tag")
+    left[0] -= CONTAINER - 1
+    left[1] -= len(parts) if tag == "s" else len(parts) // 2 if tag == "d" else 0
+    if left[1] < 0:
+        raise Refused("too many keys and members")
     if list in set(map(type, parts)):
         built = [_build(part, depth - 1, left) for part in parts]
     else:

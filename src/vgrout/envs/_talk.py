@@ -106,6 +106,11 @@ class Talk:
         except OSError:
             self.closed = True
 
+    @property
+    def unheard(self) -> bool:
+        """Whether the process had ended when an answer of it was read: it had been waiting."""
+        return None in self.spent
+
     def began(self) -> bool:
         """Whether the process has said all that it says before the program runs."""
         ready = _forkserver.READY
@@ -155,6 +160,9 @@ class Talk:
     def report(self, reply: Reply) -> Report:
         """What the program has shown. Only its CPU clock decides what was in time: at each answer, behind the last of
         which no code of the program runs until the next input comes, and at the end of the process."""
+        if reply.stopped == KILLER.stopped:
+            seen = Observation(reply.stopped) if self.job.look else None
+            return Report(reply.stopped, (MISSING,) * len(self.values), compiled=self.compiled, seen=seen)
         times = [reply.cpu_s if spent is None else spent for spent in self.spent]
         values = [
             MISSING if self.void or spent > self.cpu_s else value
@@ -166,8 +174,6 @@ class Talk:
         return Report(status, tuple(values), reply.cpu_s, self.compiled, seen)
 
     def ended(self, reply: Reply, answered_s: float) -> str:
-        if reply.stopped == KILLER.stopped:
-            return reply.stopped
         if answered_s > self.cpu_s:
             return "timeout"
         if self.status and not self.void and not self.over:
@@ -177,10 +183,13 @@ class Talk:
         return "no code" if not self.compiled else "output" if self.over else "crash"
 
     def seen(self, reply: Reply, status: str, first_s: float) -> Observation:
-        said, ended, (truthy, equal, returned) = read_facts(self.facts if first_s <= self.cpu_s else b"", self.job.look)
+        """Facts that came after the CPU time are none, whatever else the server found by then."""
+        if first_s > self.cpu_s or (reply.stopped == "cpu" and not self.call):
+            return Observation(status)
+        said, ended, (truthy, equal, returned) = read_facts(self.facts, self.job.look)
         if reply.cpu_s > self.cpu_s:
             returned = frozenset()
-        ended = reply.exit if said is None else ended
+        ended = ended if self.facts else reply.exit
         if reply.stopped or not self.compiled or reply.exit < 0 or reply.exit != ended:
             ended = None
         return Observation(said or status, reply.stdout, reply.files, ended, returned, truthy, equal)

@@ -112,12 +112,12 @@ class Job:
 @dataclass(frozen=True)
 class Observation:
     """Facts about loading the program and its first call. The program itself can influence all of them; they are what
-    a foolable grader sees.
+    a foolable grader sees. None are where the first answer did not come within the CPU time.
 
     `status`: as in `Report`; 'error' also if the call raised, 'crash' also if it asked to exit.
     `stdout`: what loading the program and the first call printed, the first `Limits.stdout_bytes`.
-    `files`: regular files that the program's process left in the scratch directory, by name, at most 63 of 64 KiB and
-    1 MiB in all.
+    `files`: regular files that the program's process left in the scratch directory when it ended, later calls and
+    checking functions included, by name, at most 63 of 64 KiB and 1 MiB in all.
     `exit`: the exit status of a program that ended its process while it was loaded or first called, by sys.exit or
     os._exit; None where the harness got control back (exit hooks never run), where a signal ended the process, or
     where the process ended with another status than the program announced.

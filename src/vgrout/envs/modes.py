@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import ast
 import random
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Literal
 
@@ -118,17 +121,44 @@ def _file_families(seed: int) -> dict[str, tuple[str, ...]]:
     return {"train": tuple(m for m in reserved if m not in held_out), "eval": held_out, "pretrain": cut["pretrain"]}
 
 
-def _tree(source: str) -> ast.Module:
-    """The parsed source; an empty module where it does not parse."""
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module([], [])
+@dataclass(frozen=True)
+class Names:
+    """What a source defines: module-level functions by `def`, attributes that are assigned (`x.name = ...`, or
+    `name = ...` in a class body), and methods of classes, by `def` or by an assignment in the body."""
+
+    functions: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
 
 
-def defines_function(source: str, name: str) -> bool:
-    """Whether the source has a function of that name at module level, by `def`."""
-    return any(isinstance(d, ast.FunctionDef) and d.name == name for d in _tree(source).body)
+@lru_cache(maxsize=8)
+def names_in(source: str) -> Names:
+    """What the source defines; nothing where it does not parse."""
+    found: list[Names] = []
+    # How deep a text may nest depends on how deep the caller stands: a thread always starts at the same depth.
+    thread = threading.Thread(target=lambda: found.append(_names(source)))
+    thread.start()
+    thread.join()
+    return found[0] if found else Names()
+
+
+def _names(source: str) -> Names:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return Names()
+    attributes, methods = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            attributes.add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            assigned = set(_assigned(node))
+            attributes |= assigned
+            methods |= assigned | {d.name for d in node.body if isinstance(d, ast.FunctionDef)}
+    functions = {d.name for d in tree.body if isinstance(d, ast.FunctionDef)}
+    return Names(frozenset(functions), frozenset(attributes), frozenset(methods))
 
 
 def _assigned(owner: ast.ClassDef) -> Iterator[str]:
@@ -138,22 +168,19 @@ def _assigned(owner: ast.ClassDef) -> Iterator[str]:
         yield from (t.id for t in targets if isinstance(t, ast.Name))
 
 
+def defines_function(source: str, name: str) -> bool:
+    """Whether the source has a function of that name at module level, by `def`."""
+    return name in names_in(source).functions
+
+
 def assigns_attribute(source: str, name: str) -> bool:
     """Whether the source assigns an attribute of that name: `x.name = ...`, or `name = ...` in a class body."""
-    return any(
-        (isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.ctx, ast.Store))
-        or (isinstance(node, ast.ClassDef) and name in _assigned(node))
-        for node in ast.walk(_tree(source))
-    )
+    return name in names_in(source).attributes
 
 
 def defines_method(source: str, name: str) -> bool:
     """Whether a class of the source has a method of that name, by `def` or by an assignment in its body."""
-    return any(
-        name in _assigned(node) or any(isinstance(d, ast.FunctionDef) and d.name == name for d in node.body)
-        for node in ast.walk(_tree(source))
-        if isinstance(node, ast.ClassDef)
-    )
+    return name in names_in(source).methods
 
 
 def _file_says(seen: Observation, marker: str) -> bool:

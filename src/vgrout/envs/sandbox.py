@@ -21,6 +21,7 @@ import json
 import marshal
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class SandboxError(RunFailed):
 
 
 class ServerDied(SandboxError):
-    """A fork-server ended while a program ran. Twice for the same program, it is the program's doing."""
+    """A fork-server or a program's own process was killed. Twice for the same program, it is the program's doing."""
 
 
 class _Server:
@@ -78,8 +79,9 @@ class _Server:
             self.socket.settimeout(START_S)
             with other, fixed_addresses():
                 self.process = subprocess.Popen(
-                    command, stdin=other, stdout=subprocess.DEVNULL, env=environment, cwd="/", start_new_session=True
+                    command, stdin=other, stdout=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
                 )
+                self.process.stdout.close()  # nothing is printed there
             self.layers = self._frame()
             self._probe()
         except (OSError, SandboxError) as error:
@@ -147,11 +149,13 @@ class _Server:
 
     @staticmethod
     def check(talk: Talk, reply: Reply) -> None:
-        """Raises SandboxError where the process never came to the point of running the program, through no fault of
-        the program: compiling does not wait, and nothing of the program is looked at before."""
-        if not talk.compiled and (reply.stopped == "wall" or not (talk.pid or reply.stopped == "cpu")):
+        """Raises SandboxError where the process was not confined, through no fault of the program, of which nothing is
+        looked at before; or where it was killed from outside: no program can do that to itself within its CPU time."""
+        if not talk.pid and reply.stopped != "cpu":
             reason = bytes(talk.inbox).decode("ascii", "replace") or f"exit {reply.exit} {reply.stopped}"
             raise SandboxError(f"a program's process could not be set up: {reason}")
+        if not reply.stopped and reply.exit == -signal.SIGKILL and reply.cpu_s <= talk.cpu_s:
+            raise ServerDied("a program's process was killed from outside")
 
     def stop(self, wait_s: float = 0.0) -> None:
         """End the process, by force after `wait_s` seconds, and remove its directory. May be called at any time."""
@@ -325,6 +329,8 @@ class Sandbox:
                 reply = server.receive()
                 task.talk.read()
                 server.check(task.talk, reply)
+                if reply.stopped == "wall" and task.talk.unheard:
+                    raise SandboxError("a program's wall time was over while it waited for its caller")
                 task.talk.close()
                 del busy[server]
                 # On a loaded machine a program may not have had its CPU time when its wall time was over.
