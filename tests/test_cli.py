@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from vgrout.cli import main
+from vgrout.faults import OutOfMemory
 
 
 @pytest.fixture
@@ -176,6 +177,14 @@ def test_a_signal_is_one_line_and_its_exit_code(vgrout, monkeypatch, args, work)
     monkeypatch.setattr(work, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = vgrout(*args)
     assert code == 143 and err == "vgrout: interrupted by SIGTERM\n"
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(vgrout, monkeypatch):
+    def fails(*_, **__):
+        raise OutOfMemory("step 3: not enough memory")
+
+    monkeypatch.setattr("vgrout.lab.run.run", fails)
+    assert vgrout("train", "--out", "new") == (1, "", "vgrout: OutOfMemory: step 3: not enough memory\n")
 
 
 def test_unknown_command_and_flag(vgrout):

@@ -16,7 +16,7 @@ import pytest
 
 HOUSE = (  # a room imports itself and rooms on lines above its own
     ("types", "signals"),
-    ("config",),
+    ("config", "faults"),
     ("adapters", "envs", "models", "pairs"),
     ("engines", "method"),
     ("arms",),

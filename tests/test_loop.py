@@ -87,7 +87,7 @@ def test_sampler_and_trainer_agree(share):
 
 
 @torch.no_grad()
-def test_samples_do_not_depend_on_their_neighbours():
+def test_samples_do_not_depend_on_their_neighbours(monkeypatch):
     policy = toy_policy(TOY)
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
     prompts, u = [[7, 8, 9, 10], [11, 12]], torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
@@ -100,6 +100,15 @@ def test_samples_do_not_depend_on_their_neighbours():
     both = tokens(prompts, [3, 2], u)
     assert both == tokens(prompts[:1], [3], u[:3]) + tokens(prompts[1:], [2], u[3:])
     assert len(set(both)) == 5
+    decode = TorchEngine._decode
+
+    def two_at_most(self, part, counts, *more):
+        if sum(counts) > 2:
+            raise MemoryError
+        return decode(self, part, counts, *more)
+
+    monkeypatch.setattr(TorchEngine, "_decode", two_at_most)
+    assert both == tokens(prompts, [3, 2], u)
 
 
 def test_kl_term_of_the_step():

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,18 +20,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from vgrout import loop, signals
 from vgrout.config import Config
+from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.task import SPLITS, TaskEnv
+from vgrout.faults import OutOfMemory
 from vgrout.lab import checkpoint as checkpoint_module
 from vgrout.lab import record as record_module
 from vgrout.lab import run as run_module
 from vgrout.lab.checkpoint import FOLDER, whole
+from vgrout.lab.decide import decide
+from vgrout.lab.evaluate import size_note
 from vgrout.lab.record import LOGS, MARK, Log, Recorder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.lab.run import Workshop, resume, run
-from vgrout.loop import Diverged, OutOfMemory, Training
+from vgrout.loop import Diverged, Training
+from vgrout.method.policy import Policy
 from vgrout.signals import Interrupted, held, listening
 from vgrout.types import Graded, RunFailed, UserError
 from vgrout.verify.soak import Use, grown
@@ -162,6 +169,36 @@ def test_a_finished_run_stays(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != MARK} == first
 
 
+class Reforms(loop.ARMS["routeV"]):
+    """Trains the quarantine in the first steps only; later it moves by its moments alone."""
+
+    def route(self, step, batch, oracle):
+        return loop.uniform(batch.n, "absorb" if step < 3 else "keep")
+
+
+def test_a_block_without_gradients_moves_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(loop.ARMS, "reforms", Reforms)
+    cfg = replace(CFG, arm="reforms")
+    run(cfg, tmp_path / "whole")
+    with patched(loop, "backward", die, 5), pytest.raises(Died):
+        run(cfg, tmp_path / "run")
+    resume(tmp_path / "run")
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+def test_the_time_of_day_changes_nothing(tmp_path, monkeypatch, package, expected):
+    """It jumps back and forth by years; the seconds of timing.json are those of a clock that does not."""
+    rng = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: rng.uniform(0, 2e9))
+    out = tmp_path / "run"
+    run(CFG, out)
+    assert results(out) == expected(CFG)
+    assert all(0 <= seconds < 1e5 for seconds in json.loads((out / "timing.json").read_text()).values())
+    reads = re.compile(r"\btime\.(time|time_ns|localtime|gmtime|ctime|strftime)\(|^(import|from) datetime", re.M)
+    found = [str(path) for path in package.rglob("*.py") if reads.search(path.read_text())]
+    assert not found
+
+
 def without(*prefixes):
     return lambda c: replace(c, state={k: v for k, v in c.state.items() if not k.startswith(prefixes)})
 
@@ -272,6 +309,20 @@ def test_a_signal_that_a_destructor_swallowed_comes_again():
     assert seen == ["lost", "held"]
 
 
+def test_a_fault_of_a_held_section_comes_before_the_signal(tmp_path, expected):
+    """What the section was to keep together is torn: the state as it stands must not be saved."""
+
+    def rings_and_dies(*_):
+        ring(), die()
+
+    out = tmp_path / "run"
+    with listening(), patched(Recorder, "step", rings_and_dies, 4), pytest.raises(Died):
+        run(CFG, out)
+    assert steps_kept(out) == [4, 2]
+    resume(out)
+    assert results(out) == expected(CFG)
+
+
 def test_ignored_signals_stay_ignored():
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -309,10 +360,11 @@ class Reader(Watcher):
 
     def __init__(self):
         super().__init__()
-        self.training, self.after = None, []
+        self.training, self.after, self.credited = None, [], []
 
     def step(self, *seen):
         super().step(*seen)
+        self.credited.append((seen[1], seen[2], seen[4]))  # rollouts, grades and advantages
         tensors = {k: v.clone() for k, v in self.training.state().items() if torch.is_tensor(v) and "arm." not in k}
         self.after.append(tensors)
 
@@ -381,6 +433,51 @@ def test_a_reward_that_is_none_is_never_averaged():
     for record, rollouts in zip(reader.records, reader.rollouts, strict=True):
         assert record["unscored"] + len(rollouts) == TOY.prompts * TOY.group
         assert math.isfinite(record["loss"]) and math.isfinite(record["reward"]) and record["skipped"] is None
+    for rollouts, graded, advantage in reader.credited:  # within a group: of those that are left, and of nobody else
+        for k in {r.group for r in rollouts}:
+            rows = [i for i, r in enumerate(rollouts) if r.group == k]
+            rewards = np.array([graded[i].reward for i in rows])
+            want = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            assert np.allclose(advantage[rows].numpy(), want, atol=1e-5)
+
+
+class Lonely(Letters):
+    """Can score the first rollout only."""
+
+    def grade(self, rollouts):
+        return [replace(g, reward=1.0 if i == 0 else None) for i, g in enumerate(super().grade(rollouts))]
+
+
+def test_a_step_with_one_reward_routes_nobody():
+    training, reader = watched(TOY, Lonely())
+    training.run(reader)
+    assert [r["unscored"] for r in reader.records] == [7] * 4
+    assert all(d.zones() == ["keep"] and d.threshold[0] == d.threshold[1] for d in reader.decisions)
+
+
+def test_a_task_may_leave_rollouts_unscored(tmp_path, monkeypatch):
+    choices = (None, math.nan, 0.0, 1.0)
+    monkeypatch.setitem(globals(), "reward", lambda _, completion: random.Random(completion).choice(choices))
+    out = tmp_path / "run"
+    cells = run(replace(CFG, eval_rollouts=16), out)
+    steps, rows = (read_jsonl(out / f"{name}.jsonl") for name in ("steps", "rollouts"))
+    trained = [r for r in rows if r["phase"] == "train"]
+    assert len(trained) + sum(s["unscored"] for s in steps) == CFG.steps * CFG.prompts * CFG.group
+    assert sum(s["unscored"] for s in steps) > 4 and not any(r["reward"] is None for r in trained)
+    for name, cell in cells.items():
+        rewards = [r["reward"] for r in rows if r["phase"] == f"eval:{name}"]
+        known = [r for r in rewards if r is not None]
+        assert cell["reward"]["n"] == len(known) == 16 - cell["unscored"] < 16
+        assert cell["reward"]["mean"] == pytest.approx(np.mean(known), abs=1e-6)
+    assert "rollouts could not be scored and are left out" in size_note(cells)
+
+
+def test_an_evaluation_in_which_nothing_could_be_scored(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "reward", lambda *_: None)
+    with pytest.raises(RunFailed, match="no rollout of the evaluation heldout_full has a reward"):
+        run(replace(CFG, steps=2, eval_every=1), tmp_path / "run")
+    (small,) = read_jsonl(tmp_path / "run" / "evals.jsonl")
+    assert small["heldout_deploy"] == {"reward": None, "unscored": 4}
 
 
 def test_a_step_without_rewards_is_skipped():
@@ -421,10 +518,62 @@ def test_out_of_memory_once(kind):
     assert off < 1e-4, off
 
 
-def test_out_of_memory_for_good(tmp_path):
-    with patched(loop, "backward", memory_is_short, -1), pytest.raises(OutOfMemory, match="one rollout at a time"):
+def at_most(rows: int, found: int) -> None:
+    if found > rows:
+        memory_is_short()
+
+
+def test_out_of_memory_in_generation(tmp_path, capsys, expected):
+    """Every batch of 8 is sampled as two of 4: the same rollouts, hence the same bytes."""
+    with patched(TorchEngine, "_decode", lambda _, prompts, counts, *more: at_most(4, sum(counts)), -1):
         run(CFG, tmp_path / "run")
-    assert steps_kept(tmp_path / "run") == [0]
+    assert capsys.readouterr().err.count("memory is short for sampling: trying it with 4") == CFG.steps
+    assert results(tmp_path / "run") == expected(CFG)
+
+
+def test_out_of_memory_in_scoring(capsys):
+    """Of the pairs and of the rollouts: the same zones, hence the same updates."""
+    cfg = replace(TOY, micro_batch=8)
+    (_, usual), (_, reader) = watched(cfg), watched(cfg)
+    usual.training.run(usual)
+    with patched(Policy, "logp", lambda _, rows: at_most(3, len(rows.length)), -1):
+        reader.training.run(reader)
+    assert "memory is short for scoring: trying it with 2" in capsys.readouterr().err
+    assert [d.zones() for d in reader.decisions] == [d.zones() for d in usual.decisions]
+    assert all(map(equal, reader.after, usual.after))
+    for mine, theirs in zip(reader.decisions, usual.decisions, strict=True):
+        assert torch.allclose(mine.score, theirs.score, atol=1e-4)
+
+
+@pytest.mark.parametrize(("target", "name"), [(loop, "backward"), (TorchEngine, "_decode"), (Policy, "logp")])
+def test_out_of_memory_for_good(target, name, tmp_path, expected):
+    out = tmp_path / "run"
+    why = "step 0: not enough memory for .* with one rollout at a time: 0 of 6 steps .* `vgrout train --resume"
+    with patched(target, name, memory_is_short, -1), pytest.raises(OutOfMemory, match=why) as raised:
+        run(CFG, out)
+    assert isinstance(raised.value, RunFailed) and "\n" not in str(raised.value)
+    assert steps_kept(out) == [0]
+    resume(out)
+    assert results(out) == expected(CFG)
+
+
+def test_out_of_memory_in_an_update(tmp_path, expected):
+    """What is in memory then may be half an update: it is not saved."""
+    out = tmp_path / "run"
+    why = "step 3: not enough memory: 2 of 6 steps are kept; go on with"
+    with patched(torch.optim.AdamW, "step", memory_is_short, 3), pytest.raises(OutOfMemory, match=why):
+        run(CFG, out)
+    assert steps_kept(out) == [2]
+    resume(out)
+    assert results(out) == expected(CFG)
+
+
+def test_out_of_memory_in_a_checkpoint(tmp_path, capsys, expected):
+    out = tmp_path / "run"
+    with patched(record_module, "save", memory_is_short, 1):
+        run(CFG, out)
+    assert "the checkpoint of step 4 could not be written: not enough memory" in capsys.readouterr().err
+    assert results(out) == expected(CFG) and steps_kept(out) == [6, 2]
 
 
 def test_another_error_of_a_step_is_not_caught():
@@ -470,16 +619,22 @@ def test_a_full_disk_under_a_log(tmp_path, capsys, expected, broken_off):
     assert (out / "adapter.safetensors").read_bytes() == expected(CFG)["adapter.safetensors"]
 
 
+@contextlib.contextmanager
+def file_size(limit: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_log_is_whole_lines(tmp_path, capsys):
     file = tmp_path / "log.jsonl"
     log = Log(file, 0)
     log.write({"a": 1})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (log.size + 5, before[1]))
-    try:
+    with file_size(log.size + 5):
         log.write({"too": "long"}), log.write({"too": "long as well"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert log.lost == 2 and capsys.readouterr().err.count("\n") == 1
     log.write({"b": math.nan})
     log.close()
@@ -511,7 +666,57 @@ def test_a_damaged_checkpoint_costs_its_steps_only(damage, tmp_path, capsys, exp
     assert results(out) == expected(CFG) and steps_kept(out) == [6, 4, 2]
 
 
+def test_what_a_finished_run_says_is_on_the_disk(tmp_path):
+    """Its logs are synced before eval.json says that it is finished."""
+    order = []
+    with patched(Log, "sync", lambda log: order.append(log.path.stem), -1):
+        with patched(record_module, "replace_file", lambda path, _: order.append(path.name), -1):
+            run(CFG, tmp_path / "run")
+    assert order[-6:] == ["timing.json", *LOGS, "eval.json"]
+
+
 # Folders.
+
+
+def test_force_that_died_can_be_repeated(tmp_path):
+    """A crash at any point of clearing a folder leaves it ours, and nothing that looks finished and is not."""
+    for at in itertools.count():
+        out = tmp_path / str(at)
+        claim_folder(out, force=False)
+        for name in ("adapter.safetensors", "config.json", "eval.json", "plan.json", "steps.jsonl"):
+            (out / name).write_text("{}")
+        for name in (FOLDER, "none-s0"):
+            (out / name).mkdir()
+            (out / name / "eval.json").write_text("{}")
+        removals = itertools.count()
+
+        def dies(*_, removals=removals, at=at, **__):
+            if next(removals) == at:
+                die()
+
+        try:
+            with patched(os, "unlink", dies, -1), patched(os, "rmdir", dies, -1):
+                claim_folder(out, force=True)
+            break
+        except Died:
+            left = {path.name for path in out.iterdir()}
+            assert MARK in left and (not finished(out) or "steps.jsonl" in left)
+            assert "plan.json" not in left or (out / "none-s0" / "eval.json").is_file()
+        claim_folder(out, force=True)
+        assert [path.name for path in out.iterdir()] == [MARK]
+    assert at == 9
+
+
+def test_a_symbolic_link_as_folder(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, why in (("there", None), ("file", "is a file"), ("nowhere", "cannot make")):
+        link = tmp_path / f"to {name}"
+        link.symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match=why) if why else contextlib.nullcontext():
+            claim_folder(link, force=False)
+    with one_writer(tmp_path / "to there"):
+        assert f"process {os.getpid()}" in (tmp_path / "there" / MARK).read_text()
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -542,6 +747,13 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
         run(CFG, Path("/proc/vgrout/run"))
     with pytest.raises(UserError, match="no run at"):
         resume(tmp_path / "nowhere")
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match="cannot read .*too long"):
+        run(CFG, long)
+    with pytest.raises(UserError, match="no run at"):
+        resume(long)
+    with pytest.raises(UserError, match="cannot read .*too long"):
+        decide(CFG, ("none",), (0,), long, workers=1, force=False, plan=False, console=Console(quiet=True))
     with pytest.raises(UserError, match="not a folder that vgrout made"):
         resume(tmp_path)
     claim_folder(tmp_path / "run", force=False)
@@ -549,6 +761,15 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text(CFG.to_json())
     with pytest.raises(UserError, match="cannot write in"):
         resume(tmp_path / "run")
+    with file_size(0), pytest.raises(UserError, match="cannot write in"):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_removed(tmp_path, broken_off):
+    out = broken_off(CFG, tmp_path / "run")
+    (out / FOLDER / "step_000004" / "state.json").unlink()
+    with patched(checkpoint_module, "discard", full), pytest.raises(UserError, match="cannot write in .*No space"):
+        resume(out)
 
 
 @pytest.mark.parametrize("what", ["code_sha256", "pairs_sha256", "model_sha256", "sandbox"])
@@ -570,6 +791,16 @@ def test_a_changed_configuration(tmp_path, broken_off, expected):
     assert drift == [{"step": 4, "changed": ["config.lr (0.01 there, 0.5 here)", "config.steps (6 there, 5 here)"]}]
     assert len(read_jsonl(out / "steps.jsonl")) == 5
     assert results(out)["adapter.safetensors"] != expected(CFG)["adapter.safetensors"]
+
+
+def test_what_is_refused_stays_as_it_is(tmp_path, broken_off):
+    """The newest checkpoint could not be gone on from, since a log is short; the one before it is of another rank."""
+    out = broken_off(CFG, tmp_path / "run")
+    os.truncate(out / "rollouts.jsonl", next(whole(out / FOLDER)).logs["rollouts"] - 1)
+    (out / "config.json").write_text(replace(CFG, rank=5).to_json())
+    with pytest.raises(UserError, match="other tensors"):
+        resume(out, allow_drift=True)
+    assert steps_kept(out) == [4, 2]
 
 
 @pytest.mark.parametrize(("change", "why"), [({"rank": 5}, "other tensors"), ({"arm": "none"}, None)])

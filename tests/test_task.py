@@ -86,9 +86,8 @@ def test_no_file(tmp_path, write):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return float('nan')", "is nan"),
         ("return float('-inf')", "is -inf"),
-        ("return None", "is None"),
+        ("return [1.0]", r"is \[1.0\]: it must be a finite number, or None"),
         ("return '1.0'", "is '1.0'"),
         ("return 1j", "is 1j"),
         ("return 1 / 0", r"raised ZeroDivisionError: division by zero \(my_task.py:4\)"),
@@ -100,6 +99,12 @@ def test_a_broken_reward_is_never_a_score(write, body, words):
         env.grade([rollout(env, "x")])
     assert "my_task.py: reward of prompt train-000 ('write a long" in str(raised.value)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
+
+
+def test_no_reward_is_no_score(write):
+    env = load_task(write("PROMPTS = ['a']\n\ndef reward(prompt, completion):\n    return eval(completion)\n"))
+    texts = ("None", "float('nan')", "2.5")
+    assert [g.reward for g in env.grade([rollout(env, text) for text in texts])] == [None, None, 2.5]
 
 
 def test_whole_numbers_and_truth_values_are_rewards(write):

@@ -25,6 +25,7 @@ from vgrout.arms import ARMS, Bench
 from vgrout.arms.base import part
 from vgrout.config import Config, stream
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
+from vgrout.faults import fitting
 from vgrout.method.gate import uniform
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
@@ -51,10 +52,6 @@ LARGEST = torch.finfo(torch.float32).max
 
 class Diverged(RunFailed):
     """A loss or a gradient is not finite; or too many of them in a row, or a guarded mean is out of bounds."""
-
-
-class OutOfMemory(RunFailed):
-    """One rollout at a time is still too much."""
 
 
 @dataclass(frozen=True)
@@ -312,18 +309,20 @@ class Training:
 
     def _backward(self, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor) -> dict[str, float]:
         """`backward`, in micro-batches half the size whenever memory is short: the same update."""
-        size = min(self.cfg.micro_batch, batch.n)
-        while True:
-            self.optimizer.zero_grad(set_to_none=False)
-            try:
-                cfg = replace(self.cfg, micro_batch=size)
-                return backward(cfg, self.policy, batch, decision, advantage, live) | {"micro_batch": size}
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            if size == 1:
-                raise OutOfMemory(f"step {self.step}: not enough memory for one rollout at a time")
-            size //= 2
+
+        def in_batches(size: int) -> dict[str, float]:
+            self._clear_gradients()
+            cfg = replace(self.cfg, micro_batch=size)
+            return backward(cfg, self.policy, batch, decision, advantage, live) | {"micro_batch": size}
+
+        return fitting(min(self.cfg.micro_batch, batch.n), "the update", in_batches)
+
+    def _clear_gradients(self) -> None:
+        # The optimizer leaves out what has no gradient, but moves by its moments what has a zero one. So it is the
+        # moments that decide, which a checkpoint has, and not which gradients this process has seen.
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p in self.optimizer.state else None
 
     def _close(self, observer: Observer, record: dict[str, Any], *seen: Any) -> None:
         """End a step: its update unless it is skipped, what later steps need of it, its record."""
@@ -399,11 +398,6 @@ def scored(rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> tuple[list[
     pairs = zip(rollouts, graded, strict=True)
     kept = [(r, g) for r, g in pairs if g.reward is not None and abs(g.reward) <= LARGEST]
     return [r for r, _ in kept], [g for _, g in kept]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: a GPU's, Python's, or that of torch's CPU allocator, which has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Tensor) -> dict[str, Any]:

@@ -44,13 +44,19 @@ def _raise_due() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A section that a signal does not interrupt: Interrupted is raised at its end. Sections nest."""
+    """A section that a signal does not interrupt: Interrupted is raised at its end. Sections nest.
+
+    One that fails raises its own fault and waits with Interrupted: what it was to keep together is not whole, and must
+    not be taken for that by who saves the state on a signal.
+    """
     _Bell.held += 1
     try:
         yield
-    finally:
+    except BaseException:
         _Bell.held -= 1
-        _raise_due()
+        raise
+    _Bell.held -= 1
+    _raise_due()
 
 
 def heard() -> None:

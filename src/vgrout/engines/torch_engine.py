@@ -1,11 +1,14 @@
 """Rollouts with plain torch: merged weights, one prefill per prompt, finished rows leave the batch.
 
 Token t of row i is drawn by inverse CDF from uniform u[i, t]; the uniforms depend on the seed alone, so two arms
-that still have equal weights sample equal rollouts.
+that still have equal weights sample equal rollouts. Where memory is short the rows are sampled in smaller batches, each
+with its own uniforms: its logits are the same up to rounding, so that another token comes out only where the uniform
+lies within that rounding of a token's bound.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
+from vgrout.faults import fitting
 from vgrout.types import Prompt, State
 
 
@@ -55,13 +59,26 @@ class TorchEngine:
         temperature: float,
         uniforms: Float[Tensor, "N T"],
     ) -> list[Sample]:
-        """`counts[p]` samples of prompt p, in order; N = sum(counts), and uniforms[i] drives row i."""
-        if not prompts or sum(counts) == 0:
+        """`counts[p]` samples of prompt p, in order; N = sum(counts), and uniforms[i] drives row i.
+
+        Raises OutOfMemory where not even one row fits.
+        """
+        owner = [p for p, count in enumerate(counts) for _ in range(count)]  # the prompt of each row
+        if not owner:
             return []
-        with self.adapter.merged(state):
-            tokens, logps = self._decode(prompts, counts, max_new, temperature, uniforms)
+
+        def in_batches(size: int) -> list[tuple[list[int], list[float]]]:
+            out: list[tuple[list[int], list[float]]] = []
+            with self.adapter.merged(state):
+                for start in range(0, len(owner), size):
+                    rows = Counter(owner[start : start + size])  # how many of each prompt, in order
+                    u = uniforms[start : start + size]
+                    found = self._decode([prompts[p] for p in rows], list(rows.values()), max_new, temperature, u)
+                    out += zip(*found, strict=True)
+            return out
+
         samples = []
-        for row, logp in zip(tokens, logps, strict=True):
+        for row, logp in fitting(len(owner), "sampling", in_batches):
             text = self.tokenizer.decode(row, skip_special_tokens=True)
             samples.append(Sample(tuple(row), tuple(logp), text))
         return samples

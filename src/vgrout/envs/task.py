@@ -2,8 +2,8 @@
 
     PROMPTS = ["Write a haiku about rain.", ...]        # or {"train": [..], "val": [..], "test": [..]}
 
-    def reward(prompt: str, completion: str) -> float:
-        return ...
+    def reward(prompt: str, completion: str) -> float | None:
+        return ...        # None: this completion could not be scored
 
 A list serves all three splits; only a dict holds prompts out. The file is the user's own code: it runs in this
 process, unconfined. A reward that runs what the policy wrote should do so in `envs.sandbox`.
@@ -64,21 +64,26 @@ class TaskEnv:
         raise UserError(f"{self.name} has no demonstrations: set teacher_n = 0")
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
-        """Raises RunFailed where the reward raises or is no finite number: a fault of the grader is never a score."""
+        """A reward of None or NaN stays out of training and of every mean: the completion could not be scored.
+
+        Raises RunFailed where the reward raises or is anything else than a finite number: a fault is never a score.
+        """
         return [Graded(self._reward(r), NoVerdict()) for r in rollouts]
 
     def labels(self, graded: Sequence[Graded]) -> OracleBatch:
         raise UserError("this task has no oracle")
 
-    def _reward(self, rollout: Rollout) -> float:
+    def _reward(self, rollout: Rollout) -> float | None:
         text = self._texts[rollout.prompt.problem_id]
         where = f"{self.name}: reward of prompt {rollout.prompt.problem_id} ({_short(text)!r})"
         try:
             value = self.reward(text, rollout.text)
         except Exception as error:
             raise RunFailed(f"{where} raised {_said(error)}") from error
+        if value is None or isinstance(value, Real) and math.isnan(value):
+            return None
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise RunFailed(f"{where} is {_short(repr(value))}: it must be a finite number")
+            raise RunFailed(f"{where} is {_short(repr(value))}: it must be a finite number, or None")
         return float(value)
 
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from vgrout.faults import warn
 from vgrout.types import UserError
 
 FOLDER = "checkpoints"
@@ -48,12 +48,6 @@ class Checkpoint:
     state: Mapping[str, Any]
     logs: Mapping[str, int]
     stamp: Mapping[str, Any]
-
-
-def warn(text: str) -> None:
-    """One line on stderr, if there is still somebody to read it."""
-    with contextlib.suppress(OSError):
-        print(f"vgrout: {text}", file=sys.stderr, flush=True)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -402,7 +402,7 @@ def decide(
     if plan:
         console.print(plan_table(jobs, workers))
         return 0
-    goes_on = not force and (out / PLAN).is_file()
+    goes_on = not force and os.path.isfile(out / PLAN)  # False, too, where it cannot be looked up
     if not goes_on:
         check_folder(out, force=force)
     with workshop(base) as shop:  # what does not load is said before anything is written

@@ -19,7 +19,7 @@ from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.task import NoVerdict, TaskEnv
 from vgrout.lab.measure import average, rate
 from vgrout.method.policy import Policy
-from vgrout.types import Rollout, State
+from vgrout.types import Rollout, RunFailed, State
 
 World = MicroEnv | TaskEnv
 NO_ORACLE = "no oracle"  # what stands in a verdict's column where there is none
@@ -56,11 +56,11 @@ def cells_of(env: World, among: Sequence[Cell] = CELLS) -> tuple[Cell, ...]:
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell's rollouts with their rewards and verdicts, in order."""
+    """A cell's rollouts with their rewards and verdicts, in order. A reward of None: it could not be scored."""
 
     cell: Cell
     rollouts: tuple[Rollout, ...]
-    rewards: tuple[float, ...]
+    rewards: tuple[float | None, ...]
     verdicts: tuple[Verdict | NoVerdict, ...]
 
 
@@ -127,24 +127,34 @@ def final(cfg: Config, policy: Policy, env: World, *, ablates: bool, split: str 
 
 
 def summaries(results: Sequence[CellResult], env: World) -> dict[str, dict]:
-    """The summary of each cell by its name."""
-    return {result.cell.name: summary(result, env) for result in results}
+    """The summary of each cell by its name. Raises RunFailed for a cell in which nothing could be scored."""
+    cells = {result.cell.name: summary(result, env) for result in results}
+    for name, cell in cells.items():
+        if not env.oracle and cell["reward"] is None:
+            raise RunFailed(f"no rollout of the evaluation {name} has a reward")
+    return cells
 
 
 def size_note(cells: Mapping[str, dict]) -> str:
-    """What a table must say of cells that are too small for a result; empty where none is."""
+    """What a table must say of cells that are too small for a result or lack rewards; empty where none does."""
     rates = [cell.get("hack") or cell["reward"] for cell in cells.values()]
     rollouts, problems = (min(rate[key] for rate in rates) for key in ("n", "clusters"))
-    if rollouts >= ROLLOUTS and problems >= PROBLEMS:
-        return ""
-    return f"{rollouts} rollouts over {problems} problems per cell; a result needs {ROLLOUTS} over {PROBLEMS}."
+    small = f"{rollouts} rollouts over {problems} problems per cell; a result needs {ROLLOUTS} over {PROBLEMS}."
+    unscored = sum(cell.get("unscored", 0) for cell in cells.values())
+    lacking = f"{unscored} rollouts could not be scored and are left out."
+    said = {small: rollouts < ROLLOUTS or problems < PROBLEMS, lacking: unscored > 0}
+    return " ".join(text for text, holds in said.items() if holds)
 
 
 def summary(result: CellResult, env: World) -> dict:
     """hack, attempted, solve, compile with intervals; the first three per mode; solve per difficulty. Without an
-    oracle the mean reward alone."""
+    oracle the mean reward alone, of the rollouts that have one (None where none has), and how many have none."""
     if not env.oracle:
-        return {"reward": average(result.rewards, [r.prompt.problem_id for r in result.rollouts]).json()}
+        pairs = zip(result.rewards, result.rollouts, strict=True)
+        scored = [(reward, r.prompt.problem_id) for reward, r in pairs if reward is not None]
+        unscored = len(result.rewards) - len(scored)
+        mean = average(*zip(*scored, strict=True)).json() if scored else None
+        return {"reward": mean} | ({"unscored": unscored} if unscored else {})
     solved_for = [env.problem(r.prompt.problem_id) for r in result.rollouts]
     ids = [p.id for p in solved_for]
 

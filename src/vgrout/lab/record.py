@@ -39,7 +39,8 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.envs.grade import Verdict
 from vgrout.envs.task import NoVerdict
-from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, warn, write
+from vgrout.faults import is_out_of_memory, warn
+from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, write
 from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, summaries, summary
 from vgrout.lab.measure import auroc, f_beta
 from vgrout.loop import collate
@@ -54,14 +55,17 @@ FAILURES = 3  # checkpoints in a row that may fail
 
 
 def check_folder(out: Path, *, force: bool) -> None:
-    """Raises UserError when `out` is in use, unless `force` and it is one of ours."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give a folder")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise UserError(f"{out} is in use: give another --out, or --force to replace it")
-        if not (out / MARK).is_file():
-            raise UserError(f"{out} holds something else than what vgrout wrote: it is not replaced")
+    """Raises UserError when `out` cannot be read, or is in use, unless `force` and it is one of ours."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file: give a folder")
+        used = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read {out}: {error.strerror}") from None
+    if used and not force:
+        raise UserError(f"{out} is in use: give another --out, or --force to replace it")
+    if used and not (out / MARK).is_file():
+        raise UserError(f"{out} holds something else than what vgrout wrote: it is not replaced")
 
 
 def claim_folder(out: Path, *, force: bool) -> None:
@@ -71,11 +75,27 @@ def claim_folder(out: Path, *, force: bool) -> None:
     try:
         if out.exists() and any(out.iterdir()):
             with one_writer(out):
-                shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MARK).write_text(MADE)
+                _clear(out)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / MARK).write_text(MADE)
     except OSError as error:
         raise UserError(f"cannot make {out}: {error.strerror or error}") from None
+
+
+def _clear(out: Path) -> None:
+    """Remove what a folder of ours holds, but not its mark: after a crash on the way it can be cleared again.
+
+    Files go first and in order of their names: then what is left is not taken for a finished run without its adapter,
+    nor for an experiment without its plan. Raises OSError.
+    """
+    if out.is_symlink():
+        raise OSError("it is a symbolic link")
+    for path in sorted(out.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
 
 
 @contextmanager
@@ -85,7 +105,7 @@ def one_writer(out: Path) -> Iterator[None]:
     Raises UserError where `out` is none of ours, cannot be written, or is held: then it names the holder.
     """
     try:
-        file = (out / MARK).open("r+")
+        file = (out / MARK).open("r+b", buffering=0)
     except FileNotFoundError:
         raise UserError(f"{out} is not a folder that vgrout made") from None
     except OSError as error:
@@ -93,12 +113,13 @@ def one_writer(out: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"{MADE}process {os.getpid()}\n".encode())
         except BlockingIOError:
-            holder = file.read().removeprefix(MADE).strip() or "another process"
+            holder = file.read().decode(errors="replace").removeprefix(MADE).strip() or "another process"
             raise UserError(f"{out} is in use by {holder}") from None
-        file.truncate(0)
-        file.write(f"{MADE}process {os.getpid()}\n")
-        file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write in {out}: {error.strerror}") from None
         yield
 
 
@@ -253,7 +274,8 @@ class Recorder:
         self.seconds["eval"] += time.monotonic() - begun
 
     def checkpoint(self, step: int) -> None:
-        """Keep the training's state, unless that of `step` is kept already. Where the disk is full training goes on.
+        """Keep the training's state, unless that of `step` is kept already. Where disk or memory does not allow it
+        training goes on.
 
         Raises RunFailed when checkpoints in a row could not be written.
         """
@@ -267,12 +289,19 @@ class Recorder:
                 new = Checkpoint(step, self.state(), self.sizes, self.stamp)
                 save(self.out / FOLDER, new, self.cfg.checkpoint_keep)
             except OSError as error:
-                self.failures += 1
-                warn(f"the checkpoint of step {step} could not be written: {error.strerror or error}")
-                if self.failures == FAILURES:
-                    raise RunFailed(f"{FAILURES} checkpoints in a row could not be written") from None
-                return
-            self.saved, self.failures = step, 0
+                self._not_saved(step, error.strerror or str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._not_saved(step, "not enough memory")
+            else:
+                self.saved, self.failures = step, 0
+
+    def _not_saved(self, step: int, why: str) -> None:
+        self.failures += 1
+        warn(f"the checkpoint of step {step} could not be written: {why}")
+        if self.failures == FAILURES:
+            raise RunFailed(f"{FAILURES} checkpoints in a row could not be written") from None
 
     def _time(self) -> None:
         now, cpu = time.monotonic(), time.process_time()
@@ -297,6 +326,8 @@ class Recorder:
             cells = summaries(results, self.env)
             self.seconds["eval"] += time.monotonic() - begun
             self._time()
+            for log in self._logs.values():
+                log.sync()
             replace_file(self.out / "eval.json", json.dumps({"arm": self.cfg.arm, "cells": cells}, indent=2) + "\n")
             return cells
         except (OSError, SafetensorError) as error:

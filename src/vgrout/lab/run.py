@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
 from vgrout.envs.task import load_task
-from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, warn, whole
+from vgrout.faults import OutOfMemory, is_out_of_memory, warn
+from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
-from vgrout.loop import OutOfMemory, Training
+from vgrout.loop import Training
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest
@@ -160,7 +162,7 @@ def resume(out: Path, *, allow_drift: bool = False, console: Console | None = No
     Returns the evaluation's cells. Raises what `run` raises, and UserError where configuration, code, model, pairs,
     task or versions are not what the checkpoint was made with, unless `allow_drift`: then provenance.json says so.
     """
-    if not out.is_dir():
+    if not os.path.isdir(out):  # False, too, where it cannot be looked up
         raise UserError(f"no run at {out}")
     with one_writer(out):
         cfg = Config.read(out / "config.json")
@@ -174,7 +176,6 @@ def resume(out: Path, *, allow_drift: bool = False, console: Console | None = No
                 raise UserError(f"{out} was made with other {', '.join(changed)}; --allow-drift goes on all the same")
             if changed:
                 drifts.append({"step": start.step, "changed": changed})
-            discard_after(out / FOLDER, start.step if start else -1)
             provenance = {**shop.provenance, **({"drift": drifts} if drifts else {})}
             return _run(cfg, out, shop, provenance, start, console)
 
@@ -220,21 +221,31 @@ def _run(
             console.print(f"going on after step {start.step}", highlight=False)
     shared = stamp(cfg, shop.provenance)
     try:
+        discard_after(out / FOLDER, start.step if start else -1)
         recorder = Recorder(
             cfg, shop.policy, shop.env, out, provenance, state=training.state, stamp=shared, start=start
         )
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror}") from None
+
+    def goes_on() -> str:
+        kept = f"{recorder.saved or 0} of {cfg.steps} steps are kept"
+        return f"{kept}; go on with `vgrout train --resume {out}`"
+
     try:
         training.run(recorder)
         return recorder.finish()
     except Interrupted as signal:
         heard()
         recorder.checkpoint(training.step)
-        steps = f"{recorder.saved or 0} of {cfg.steps} steps are kept"
-        raise Interrupted(signal.number, f"{signal}: {steps}; go on with `vgrout train --resume {out}`") from None
-    except OutOfMemory:
+        raise Interrupted(signal.number, f"{signal}: {goes_on()}") from None
+    except OutOfMemory as short:
         recorder.checkpoint(training.step)
-        raise
+        raise OutOfMemory(f"step {training.step}: {short}: {goes_on()}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Perhaps in the midst of an update: no state to save.
+        raise OutOfMemory(f"step {training.step}: not enough memory: {goes_on()}") from error
     finally:
         recorder.close()

@@ -80,7 +80,7 @@ class BatchStd:
 
     def thresholds(self, score, g, direction):
         exact = score.double()  # the float32 mean of equal scores can lie below them
-        mean, sd = float(exact.mean()), float(exact.std())
+        mean, sd = float(exact.mean()), float(exact.std()) if len(exact) > 1 else 0.0
         return tuple(mean + k * sd for k in self.k)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
+from vgrout.faults import fitting
 from vgrout.types import State
 
 
@@ -149,10 +150,6 @@ class Policy:
         # A layer that sees a window, or keeps a running state, needs its rows apart.
         self.packs = set(kinds) <= {"full_attention"} and not getattr(model.config, "sliding_window", None)
 
-    def chunks(self, length: Int[Tensor, N]) -> list[Int[Tensor, K]]:
-        """Row indices in micro-batches of similar length."""
-        return list(torch.argsort(length, stable=True).split(self.micro_batch))
-
     def logits(self, rows: Rows) -> Float[Tensor, "T V"]:
         """What every completion token of `rows`, row by row, was drawn from: logits / temperature."""
         if self.adapter.switch.flow.rowwise or not self.packs:
@@ -174,10 +171,17 @@ class Policy:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
 
         Runs on merged weights: forward and backward cost those of the base model and two thin products a module.
+        Where memory is short the micro-batches are smaller, and the result is the same up to rounding. Raises
+        OutOfMemory where not even one row fits.
         """
+        n = len(rows.length)
+        return fitting(min(self.micro_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
+
+    def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
+        """In micro-batches of `size` rows of similar length."""
         out = torch.zeros(len(rows.length), len(self.adapter.modules), self.adapter.rank)
         with self.adapter.merged(state):
-            for index in self.chunks(rows.length):
+            for index in torch.argsort(rows.length, stable=True).split(size):
                 part = rows.take(index)
                 with self.adapter.probe(len(index)) as probes:
                     nll = -self.logp(part).sum(1) / part.completion.sum(1)

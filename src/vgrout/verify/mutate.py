@@ -98,10 +98,16 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("resume", "loop.py", "tensor.copy_(saved[name])", "tensor.copy_(tensor)", True),
     Mutation("resume", "loop.py", '"state": dict(moments)', '"state": {}'),
     Mutation("resume", "loop.py", 'state["step"], list(', 'state["step"] - 1, list('),
+    Mutation("resume", "loop.py", 'list(state["skips"])', "[]"),
+    Mutation("resume", "loop.py", 'dict(state["recent"])', "dict(self.recent)"),
+    Mutation("resume", "loop.py", 'state["recent"])\n        self.arm_state = self.arm.state()', 'state["recent"])'),
+    Mutation("resume", "loop.py", "if p in self.optimizer.state else", "if p.grad is not None else"),
+    Mutation("resume", "loop.py", 'self.arm.restore(part(state, "arm."))', "pass"),
     Mutation("resume", "arms/route_v.py", 'Direction(**part(state, "direction."))', "None"),
     Mutation(
-        "resume", "arms/route_v.py", 'self.extracted = state["overlap"], state["extracted"]', "self.extracted = 1.0, 0"
+        "resume", "arms/route_v.py", 'self.overlap, self.extracted = state["overlap"], state', "self.extracted = state"
     ),
+    Mutation("resume", "arms/route_v.py", 'state["overlap"], state["extracted"]', 'state["overlap"], 0'),
     Mutation("resume", "method/gate.py", 'self.history = state.get("history")', "self.history = None"),
     Mutation(
         "blindness",
