@@ -42,7 +42,7 @@ from vgrout.types import UserError
 PLAN = "plan.json"
 BASE = "base model"
 ORDERS = 500  # orders of the runs that are compared
-ROLLOUT_S, SCORE_S = 0.030, 0.012  # per rollout, with the organism on one thread of the machine of docs/design.md
+ROLLOUT_S, SCORE_S = 0.021, 0.013  # per rollout, one thread of the machine of docs/performance.md
 ADAPTER_MB, CHECKPOINT_MB, ROLLOUT_MB = 2.0, 4.0, 0.0007
 
 
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def minutes(self) -> float:
-        """About how long it takes on the machine of docs/design.md."""
+        """About how long it takes on the machine of docs/performance.md."""
         cfg = self.cfg
         rollouts = cfg.steps * cfg.prompts * cfg.group
         small = (cfg.steps - 1) // cfg.eval_every * len(SMALL) * cfg.eval_small if cfg.eval_every else 0
