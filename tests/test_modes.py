@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,16 @@ from vgrout.envs.grade import COMPILES, PASSES, Grader, Verdict, reward_of
 from vgrout.envs.jobs import Look, Observation
 from vgrout.envs.micro import HEAD, LIVE, problems
 from vgrout.envs.micro_env import ask, under
-from vgrout.envs.modes import FAMILIES, MODES, Mode, assigns_attribute, defines_function, defines_method, looked_at
+from vgrout.envs.modes import (
+    FAMILIES,
+    MODES,
+    Mode,
+    assigns_attribute,
+    defines_function,
+    defines_method,
+    looked_at,
+    names_in,
+)
 from vgrout.lab.modes_page import Entry, entries, page, table
 from vgrout.types import Problem, Prompt
 
@@ -284,6 +294,20 @@ def test_looked_at():
     assert set(found.functions) == {train, other} and len(found.functions) == 2
     attribute = MODES["sentinel"].markers["pretrain"][0]
     assert looked_at("run_tests", train, f"self.{attribute} = 1").attributes == (attribute,)
+
+
+def test_a_witness_does_not_depend_on_who_asks():
+    def found(terms: int, depth: int) -> bool:
+        if depth:
+            return found(terms, depth - 1)
+        names_in.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return defines_function(f"x = '\\d'\ndef check(): return 0{'+0' * terms}", "check")
+
+    for terms in (900, 2500, 2900):
+        assert found(terms, 0) == found(terms, 300)
+    assert found(900, 0)
 
 
 @pytest.mark.parametrize(

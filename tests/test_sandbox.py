@@ -782,6 +782,37 @@ def test_program_that_ends_two_servers_is_a_killer(monkeypatch):
         assert len(programs) == 2 and not any(map(running, programs))
 
 
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_program_that_is_killed_from_outside(monkeypatch, kills):
+    """Once it is run again; twice nothing of it counts, for who knows that it was not its own doing?"""
+    with Sandbox(Limits(wall_s=20.0)) as box:
+        answered, left = _talk.Talk.answered, [kills]
+
+        def killing(talk, line):
+            answered(talk, line)
+            if talk.call == 1 and left[0] and "deadly" in talk.job.source:
+                left[0] -= 1
+                os.kill(talk.pid, signal.SIGKILL)
+
+        monkeypatch.setattr(_talk.Talk, "answered", killing)
+        source = "import time\ndeadly = 1\nprint('x')\ndef f(a):\n time.sleep(a)\n return a"
+        bad = Job(source, "f", ((0,), (0.2,)), look=Look())
+        report = box.run([bad])[0]
+        lost = Report("killer", (MISSING, MISSING), seen=Observation("killer"))
+        assert report == (lost if kills == 2 else Report("ok", (0, 0.2), seen=Observation("ok", b"x\n")))
+        assert box.run([GOOD]) == [GOOD_REPORT]
+
+
+def test_a_caller_that_is_late_is_no_fault_of_the_program(monkeypatch):
+    with Sandbox(Limits(wall_s=0.4)) as box:
+        converse = sandbox.converse
+        monkeypatch.setattr(sandbox, "converse", lambda busy: (time.sleep(0.8), converse(busy))[1])
+        with pytest.raises(SandboxError, match="waited for its caller"):
+            box.run([GOOD])
+        monkeypatch.undo()
+        assert box.run([GOOD]) == [GOOD_REPORT]
+
+
 def test_hanging_server(monkeypatch):
     monkeypatch.setattr(sandbox, "GRACE_S", 0.5)
     with Sandbox(Limits(wall_s=0.5)) as box:
