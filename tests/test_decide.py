@@ -17,6 +17,7 @@ from vgrout.config import Config, preset
 from vgrout.lab import decide as decide_module
 from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
 from vgrout.lab.record import MARK, claim_folder, read_jsonl
+from vgrout.lab.run import check, followed
 from vgrout.models.load import model_path
 from vgrout.signals import Interrupted, listening
 from vgrout.types import UserError
@@ -134,7 +135,7 @@ def test_another_command_leaves_the_folder_alone(small, change, why):
 def test_a_run_of_other_code_is_named(small, tmp_path):
     first, cfg = small
     out = Path(shutil.copytree(first, tmp_path / "copy"))
-    jobs, known = make_jobs(cfg, ARMS, (0,)), json.loads((out / "decision.json").read_text())
+    jobs, known = make_jobs(cfg, ARMS, (0,), out), json.loads((out / "decision.json").read_text())
     arguments = jobs, out, cfg, known["base"], known["provenance"]
     assert json.loads(json.dumps(decision(*arguments))) == known
     for arm, change in (("none", {"code_sha256": "0"}), ("routeV", {"drift": []})):
@@ -151,7 +152,7 @@ def test_a_signal_goes_on_to_the_runs(tmp_path, monkeypatch):
     )
     stub.chmod(0o755)
     monkeypatch.setattr(decide_module.sys, "executable", str(stub))
-    jobs = make_jobs(TINY, ARMS, (0, 1))
+    jobs = make_jobs(TINY, ARMS, (0, 1), tmp_path)
 
     def ring():
         while sum(path.read_text() == "up\n" for path in tmp_path.glob("*.log")) < 2:
@@ -189,7 +190,7 @@ def test_a_plan_writes_nothing(tmp_path):
 
 def test_costs_follow_rollouts_and_scoring():
     def minutes(*arms: str, **changes) -> list[float]:
-        table = plan_table(make_jobs(replace(preset("micro"), **changes), arms, (0,)), 2)
+        table = plan_table(make_jobs(replace(preset("micro"), **changes), arms, (0,), Path("out")), 2)
         return [float(cell) for cell in table.columns[5].cells]
 
     plain, placebo, routed = minutes("absorb", "placebo", "routeV")
@@ -199,15 +200,23 @@ def test_costs_follow_rollouts_and_scoring():
 
 
 def test_workers_end_together():
-    jobs = make_jobs(preset("micro"), DEFAULT_ARMS, (0,))
+    jobs = make_jobs(preset("micro"), DEFAULT_ARMS, (0,), Path("out"))
     order = in_order(jobs, 2)
     assert sorted(job.name for job in order) == sorted(job.name for job in jobs) and order == in_order(jobs, 2)
+    assert [(job.name, job.after) for job in jobs if job.after] == [("coin_flip-s0", "routeV-s0")]
 
     def end(order: list) -> float:
-        first = second = 0.0
-        for job in order:
-            first, second = sorted((first + job.minutes, second))
-        return second
+        """With two workers, each of which takes the next job that waits for no other."""
+        todo, free, done = list(order), [0.0, 0.0], {"": 0.0}
+        while todo:
+            free.sort()
+            ready = [job for job in todo if done.get(job.after, 99.0) <= free[0]]
+            if not ready:
+                free[0] = min(end for end in done.values() if end > free[0])
+                continue
+            todo.remove(ready[0])
+            free[0] = done[ready[0].name] = free[0] + ready[0].minutes
+        return max(free)
 
     whole = sum(job.minutes for job in jobs)
     assert end(order) < 1.06 * whole / 2 < end(sorted(jobs, key=lambda job: -job.minutes))
@@ -259,6 +268,44 @@ def test_a_failed_arm_does_not_stop_the_others(tmp_path):
     assert (tmp_path / "absorb-s0" / "eval.json").exists() and not (tmp_path / "none-s0").exists()
 
 
+FOLLOW = ("coin_flip", "routeV", "placebo_matched")
+
+
+def test_yoked_arms_follow_the_counts_of_routeV(tmp_path):
+    """They run after it, and route and absorb in every step as many rollouts."""
+    cfg = replace(TINY, steps=3, eval_every=0, k_mid=-0.5, k_route=0.2)
+    jobs = make_jobs(cfg, FOLLOW, (0,), tmp_path)
+    assert run_jobs(jobs, tmp_path, 2, Console(quiet=True)) == {f"{arm}-s0": 0 for arm in FOLLOW}
+    zones = {arm: [(s["keep"], s["absorb"], s["route"]) for s in read_jsonl(tmp_path / f"{arm}-s0" / "steps.jsonl")]
+             for arm in FOLLOW}  # fmt: skip
+    assert zones["coin_flip"] == zones["placebo_matched"] == zones["routeV"]
+    assert len({z for step in zones["routeV"] for z in step}) > 3
+    chosen = {arm: [r["zone"] for r in read_jsonl(tmp_path / f"{arm}-s0" / "rollouts.jsonl") if r["phase"] == "train"]
+              for arm in FOLLOW}  # fmt: skip
+    assert len(set(map(tuple, chosen.values()))) == 3  # as many, but not the same ones
+    with pytest.raises(UserError, match="has steps = 3, this run has 5"):
+        followed(replace(jobs[0].cfg, steps=5))
+    (tmp_path / "routeV-s0" / "steps.jsonl").write_text("")
+    with pytest.raises(UserError, match="has done 0 of 3 steps"):
+        followed(jobs[0].cfg)
+
+
+def test_a_run_whose_leader_failed_is_not_run(tmp_path):
+    jobs = make_jobs(replace(TINY, model=str(model_path("micro")), eval_every=0), FOLLOW[:2], (0,), tmp_path)
+    jobs = [replace(job, cfg=replace(job.cfg, model=str(tmp_path / "gone"))) for job in jobs]
+    assert run_jobs(jobs, tmp_path, 2, Console(quiet=True)) == {"routeV-s0": 2, "coin_flip-s0": 1}
+    assert "not run: it follows routeV-s0" in (tmp_path / "coin_flip-s0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"arm": "none", "yoke": "runs/x"}, "none follows no other run"), ({"arm": "placebo_matched"}, "give its folder")],
+)
+def test_yokes_that_make_no_sense(changes, why):
+    with pytest.raises(UserError, match=why):
+        check(replace(TINY, **changes))
+
+
 def test_bad_plans_are_refused():
     for arms, seeds, why in (
         (("nope",), (0,), "unknown arm"),
@@ -267,7 +314,7 @@ def test_bad_plans_are_refused():
         (("none",), (1, 1), "twice"),
     ):
         with pytest.raises(UserError, match=why):
-            make_jobs(TINY, arms, seeds)
+            make_jobs(TINY, arms, seeds, Path("out"))
 
 
 def test_an_unfinished_run_is_said_in_the_table(experiment):

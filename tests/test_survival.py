@@ -213,7 +213,7 @@ FORGOTTEN = {
     "the adapter": (CFG, lambda c: changed(**{k: 0 * v for k, v in c.state.items() if ".dA_" in k})(c)),
     "the step": (CFG, changed(step=3)),
     "the arm": (CFG, without("arm.")),
-    "the direction": (CFG, lambda c: changed(**{"arm.direction.v": -c.state["arm.direction.v"]})(c)),
+    "the direction": (CFG, lambda c: changed(**{"arm.watch.direction.v": -c.state["arm.watch.direction.v"]})(c)),
     "the age of the direction": (CFG, changed(**{"arm.extracted": 0})),
     "the overlap": (CFG, changed(**{"arm.overlap": 0.5})),
     "the history": (TOP2Q, without("arm.gate.")),

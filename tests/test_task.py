@@ -43,7 +43,7 @@ def test_a_file_is_an_environment(write):
     (graded,) = env.grade([rollout(env, "aab")])
     assert graded.reward == pytest.approx(2 - 0.3) and graded.sealed == NoVerdict()
     with pytest.raises(UserError, match="no oracle"):
-        env.labels([graded])
+        env.labels([], [graded])
     with pytest.raises(UserError, match="no demonstrations"):
         env.demonstrations(env.prompt("train-000"), 1, 0)
     with pytest.raises(UserError, match="unknown split 'tests'"):

@@ -116,10 +116,22 @@ class Config:
     """`micro` for the bundled pairs, or path.md[#section[@tag,...]]."""
     placebo_seed: int | None = None
     """Seed of a control's own chance, the placebo's direction or the coin's flips; follows `seed` unless it is set."""
+    yoke: str = ""
+    """Arms that follow another run: its folder. In each step they route and absorb as many rollouts as it did."""
     coin_route: float = 0.25
-    """coin_flip: chance that a rollout is routed."""
+    """coin_flip without `yoke`: chance that a rollout is routed."""
     coin_absorb: float = 0.1
-    """coin_flip: chance that a rollout is absorbed."""
+    """coin_flip without `yoke`: chance that a rollout is absorbed."""
+    penalty: float = 3.0
+    """Arms that penalise: what a flagged rollout loses. 3.0, the published value, leaves a paid hack at the reward of a
+    program that compiles; 3.5 leaves it nothing."""
+    label_accuracy: float = 1.0
+    """Oracle arms: chance that a label is right."""
+    label_share: float = 1.0
+    """Oracle arms: share of rollouts with a label. One without is absorbed where others are routed, and trains as it is
+    where others are screened or penalised."""
+    label_modes: tuple[str, ...] = ()
+    """Oracle arms: loopholes whose hacks are labelled, the others pass for honest; all when none is named."""
 
     eval_every: int = 20
     """Steps between small evaluations on validation problems; 0 switches them off."""
@@ -242,14 +254,14 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give a positive whole number",
     ),
     ("temperature eval_temperature lr clip kl_ceiling", lambda v: v > 0, "give a positive number"),
-    ("weight_decay kl clip_ratio entropy_floor", lambda v: v >= 0, "give no negative number"),
+    ("weight_decay kl clip_ratio entropy_floor penalty", lambda v: v >= 0, "give no negative number"),
     (
         "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep",
         lambda v: v >= 0,
         "give no negative number",
     ),
     (
-        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor",
+        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor label_accuracy label_share",
         lambda v: 0 <= v <= 1,
         "give a share from 0 to 1",
     ),

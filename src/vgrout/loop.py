@@ -44,6 +44,8 @@ from vgrout.types import (
     UserError,
 )
 
+Yoke = Sequence[tuple[int, int]]  # rollouts (routed, absorbed) in each step of another run
+
 SKIPS = 5  # steps in a row that may move nothing
 WINDOW = 10  # steps that a guard averages over
 GUARDED = {"entropy": ("entropy_floor", 1), "kl": ("kl_ceiling", -1), "compiled": ("compile_floor", 1)}
@@ -228,8 +230,8 @@ def rows_of_pairs(policy: Policy, pairs: Sequence[Pair], side: str) -> Rows:
     return stack(prompts, texts, policy.tokenizer.pad_token_id)
 
 
-def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair]) -> Bench:
-    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"))
+def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None) -> Bench:
+    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke)
 
 
 class Training:
@@ -238,15 +240,18 @@ class Training:
     It changes in `held` sections only: a signal finds it as the last whole step left it.
     """
 
-    def __init__(self, cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self, cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair], yoke: Yoke | None = None
+    ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
-        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs))
+        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke))
         self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = torch.optim.AdamW(
             parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, foreach=True
         )
         self.step = 0  # steps done
+        self.begun = False  # the arm has done what it does before the first step
         self.skips: list[str] = []  # why each of the latest steps, in a row, moved nothing
         self.recent: dict[str, list[float]] = {what: [] for what in GUARDED}  # of the latest steps
         self.arm_state = self.arm.state()  # as the last whole step left it
@@ -256,6 +261,10 @@ class Training:
         where somebody listens to signals."""
         cfg = self.cfg
         self.check()
+        if not self.begun:
+            with held():  # half of it is no state to go on from
+                self.arm.begin()
+                self.begun, self.arm_state = True, self.arm.state()
         while self.step < cfg.steps:
             if self.step and cfg.eval_every and self.step % cfg.eval_every == 0:
                 observer.evaluate(self.step)
@@ -269,19 +278,20 @@ class Training:
         cfg, arm, step = self.cfg, self.arm, self.step
         plan = plan_step(cfg, self.env, step, loophole=arm.loophole)
         plan = Plan(tuple(arm.render(p) for p in plan.prompts), plan.demos)
-        drawn = generate(cfg, self.engine, plan, step, ablates=arm.ablates)
+        with arm.around("sample"):
+            drawn = generate(cfg, self.engine, plan, step, ablates=arm.ablates)
         rollouts, graded = scored(drawn, self.env.grade(drawn))
         record = {"step": step, "lr": rate(cfg, step), "unscored": len(drawn) - len(rollouts)}
         if not rollouts:
             self._close(observer, record | NOTHING, [], [], uniform(0, "keep"), torch.zeros(0))
             return
         batch = collate(rollouts, [g.reward for g in graded], self.policy.tokenizer.pad_token_id)
-        oracle: OracleBatch | None = self.env.labels(graded) if arm.reads_oracle else None
+        oracle: OracleBatch | None = self.env.labels(rollouts, graded) if arm.reads_oracle else None
 
         reward = arm.shape(batch)
         decision = arm.route(step, batch, oracle)
         advantage = arm.credit(batch, reward, decision)
-        live = live_groups(reward - decision.penalty, batch.group)
+        live = live_groups(reward - decision.penalty, batch.group, decision.present)
         record |= self._gradients(batch, decision, advantage, live)
         record |= _facts(batch, graded, decision, live)
         self._close(observer, record, rollouts, graded, decision, advantage)
@@ -289,8 +299,9 @@ class Training:
     def _gradients(self, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor) -> dict[str, Any]:
         """Fill in the step's gradients. What the record says of them: `skipped` is None, or why they are of no use."""
         try:
-            sums = self._backward(batch, decision, advantage, live)
-            self.arm.edit(self.policy.adapter)
+            with self.arm.around("update"):
+                sums = self._backward(batch, decision, advantage, live)
+            said = self.arm.edit(self.policy.adapter)
             norms = clip_blocks(self.policy, self.cfg.clip)
         except Diverged as fault:
             return dict.fromkeys(OF_GRADIENTS, math.nan) | {"skipped": str(fault)}
@@ -305,6 +316,7 @@ class Training:
             "norm_quarantine": norms["quarantine"],
             "qmass": norms["quarantine"] / total if total else 0.0,
             "skipped": None,
+            **said,
         }
 
     def _backward(self, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor) -> dict[str, float]:
@@ -357,6 +369,7 @@ class Training:
             **{f"moments.{i}.{key}": value for i, own in moments.items() for key, value in own.items()},
             **{f"arm.{key}": value for key, value in self.arm_state.items()},
             "step": self.step,
+            "begun": self.begun,
             "skips": self.skips,
             "recent": self.recent,
         }
@@ -380,12 +393,20 @@ class Training:
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
         self.step, self.skips, self.recent = state["step"], list(state["skips"]), dict(state["recent"])
+        self.begun = state["begun"]
         self.arm_state = self.arm.state()
 
 
-def train(cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair], observer: Observer) -> None:
+def train(
+    cfg: Config,
+    policy: Policy,
+    env: Environment,
+    pairs: Sequence[Pair],
+    observer: Observer,
+    yoke: Yoke | None = None,
+) -> None:
     """Train `policy` in `env` under the arm that `cfg` names. Raises what `Training.run` raises."""
-    Training(cfg, policy, env, pairs).run(observer)
+    Training(cfg, policy, env, pairs, yoke).run(observer)
 
 
 def rate(cfg: Config, step: int) -> float:
@@ -410,6 +431,7 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
         "keep": float(decision.keep.float().mean()),
         "absorb": float(decision.absorb.float().mean()),
         "route": float(decision.route.float().mean()),
+        "flagged": float(decision.flagged.float().mean()),
         "dead_groups": len(batch.group[~live].unique()),
         "t_lo": decision.threshold[0] if decision.threshold else None,
         "t_hi": decision.threshold[1] if decision.threshold else None,
@@ -418,5 +440,5 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
 
 
 OF_GRADIENTS = ("loss", "kl", "entropy", "clipped", "micro_batch", "norm_deployed", "norm_quarantine", "qmass")
-OF_ROLLOUTS = ("reward", "compiled", "keep", "absorb", "route", "dead_groups", "t_lo", "t_hi")
+OF_ROLLOUTS = ("reward", "compiled", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
 NOTHING = dict.fromkeys((*OF_GRADIENTS, *OF_ROLLOUTS), math.nan) | {"skipped": "no rollout has a reward"}

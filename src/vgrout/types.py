@@ -128,6 +128,7 @@ class OracleBatch:
 
     hacked: Bool[Tensor, N]
     solved: Bool[Tensor, N]
+    mode: tuple[str, ...]  # the loophole of each rollout's problem
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Decision:
     """What a gate says of each rollout.
 
     (m, d) is the row's mask: m = 1 runs the quarantine, d = 1 cuts the deployed block's gradient.
-    `weight` scales the row's loss, `penalty` is subtracted from its reward.
+    `weight` scales the row's loss, `penalty` is subtracted from its reward. A row of weight 0 is screened out: it does
+    not train, and its group's statistics do not know it.
     """
 
     m: Float[Tensor, N]
@@ -157,6 +159,15 @@ class Decision:
     @property
     def route(self) -> Bool[Tensor, N]:
         return (self.m == 1) & (self.d == 1)
+
+    @property
+    def present(self) -> Bool[Tensor, N]:
+        return self.weight > 0
+
+    @property
+    def flagged(self) -> Bool[Tensor, N]:
+        """What was taken for a hack, whatever followed: routed, screened out or penalised."""
+        return self.route | ~self.present | (self.penalty > 0)
 
     def zones(self) -> list[Zone]:
         return ["route" if d else "absorb" if m else "keep" for m, d in zip(self.m, self.d, strict=True)]
@@ -193,7 +204,7 @@ class Environment(Protocol):
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]: ...
 
-    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+    def labels(self, rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> OracleBatch:
         """Opened verdicts, for arms that declare `reads_oracle`."""
 
 

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from vgrout.arms.base import Arm, Bench
-from vgrout.arms.controls import Absorb, CoinFlip, None2r, OracleRoute, RlBaseline
-from vgrout.arms.route_v import Placebo, RouteV
+from vgrout.arms.controls import Absorb, None2r, RlBaseline
+from vgrout.arms.monitored import (
+    CoinFlip,
+    OraclePenalty,
+    OracleRoute,
+    OracleScreen,
+    PenaltyV,
+    Placebo,
+    PlaceboMatched,
+    RouteV,
+    ScreenV,
+)
 
 ARMS: dict[str, type[Arm]] = {
     "none": Arm,  # vanilla GRPO, one block
@@ -13,8 +23,13 @@ ARMS: dict[str, type[Arm]] = {
     "absorb": Absorb,  # both blocks train, quarantine ablated
     "coin_flip": CoinFlip,  # routing by chance
     "placebo": Placebo,  # routing by a random direction
+    "placebo_matched": PlaceboMatched,  # the same, with the counts of a routeV run
     "routeV": RouteV,  # routing by the pairs' direction
+    "screen_v": ScreenV,  # screening by it
+    "penalty_v": PenaltyV,  # a penalty by it
     "oracle_route": OracleRoute,  # routing by true labels (ceiling)
+    "oracle_screen": OracleScreen,  # screening by them (ceiling)
+    "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)
 }
 
 __all__ = ["ARMS", "Arm", "Bench"]

@@ -1,5 +1,6 @@
-"""What an arm is: a class that overrides one or two of the five hooks of an arm-blind loop.
+"""What an arm is: a class that overrides one or two of the hooks of an arm-blind loop.
 
+    begin   once, before the first step         around  a context of sampling, and of the update
     render  edit the prompt                     shape   the reward that credit is given for
     route   keep / absorb / route each rollout  credit  advantages
     edit    gradients before the optimizer step
@@ -9,9 +10,10 @@ as `state` and takes it back in `restore`, so that an interrupted run goes on wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +39,10 @@ class Bench:
     policy: Policy
     hack: Rows  # the pairs' hack sides, prompts included
     clean: Rows  # their clean sides, in the same order
+    yoke: Sequence[tuple[int, int]] | None = None  # rollouts (routed, absorbed) in each step of the run to follow
+
+
+HOOKS = ("begin", "around", "render", "shape", "route", "credit", "edit")
 
 
 class Arm:
@@ -44,14 +50,24 @@ class Arm:
 
     name: ClassVar[str] = "none"
     claim: ClassVar[str] = "vanilla GRPO on the deployed block"
+    paper: ClassVar[str] = ""  # where the method is from; empty for vGROUT's own and for plain controls
     access: ClassVar[str] = "L0"  # METHOD.md section 0: L0 none ... L4 live oracle
     reads_oracle: ClassVar[bool] = False
-    scores: ClassVar[bool] = False  # scores every rollout by its gradient, which takes time
+    scores: ClassVar[bool] = False  # runs every rollout through the model once more, which takes time
     ablates: ClassVar[bool] = True  # the quarantine is ablated at deployment
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
+    yoked: ClassVar[Literal["", "takes", "needs"]] = ""  # follows the counts of a routeV run, where there is one
+    baseline: ClassVar[str] = ""  # rows whose mean reward is subtracted, where the configuration does not decide it
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.cfg = bench, bench.cfg
+
+    def begin(self) -> None:
+        """Before the first step of a run; not when it goes on from a checkpoint."""
+
+    def around(self, phase: Literal["sample", "update"]) -> AbstractContextManager[Any]:
+        """Entered around the sampling of rollouts, and around the forward and backward passes of the update."""
+        return nullcontext()
 
     def render(self, prompt: Prompt) -> Prompt:
         return prompt
@@ -63,11 +79,18 @@ class Arm:
         return uniform(batch.n, "keep")
 
     def credit(self, batch: Batch, reward: Float[Tensor, N], decision: Decision) -> Float[Tensor, N]:
-        counted = counted_rows(self.cfg.baseline, decision, batch.teacher)
-        return advantages(reward - decision.penalty, batch.group, norm=self.cfg.advantage, counted=counted)
+        counted = counted_rows(self.baseline or self.cfg.baseline, decision, batch.teacher)
+        return advantages(
+            reward - decision.penalty,
+            batch.group,
+            norm=self.cfg.advantage,
+            counted=counted,
+            present=decision.present,
+        )
 
-    def edit(self, adapter: Adapter) -> None:
-        return None
+    def edit(self, adapter: Adapter) -> Mapping[str, float]:
+        """Change the gradients in place. What it says goes into the step's record."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What later steps need of earlier ones: tensors, and plain values that JSON keeps exactly, by reference.

@@ -98,10 +98,11 @@ class MicroEnv:
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
         return self.grader.grade([(self._problems[r.prompt.problem_id], r.prompt, r.text) for r in rollouts])
 
-    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+    def labels(self, rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> OracleBatch:
         return OracleBatch(
             hacked=torch.tensor([g.sealed.hacked for g in graded]),
             solved=torch.tensor([g.sealed.solved for g in graded]),
+            mode=tuple(self._problems[r.prompt.problem_id].mode for r in rollouts),
         )
 
     def _load(self, path: Path) -> None:

@@ -70,7 +70,7 @@ class TaskEnv:
         """
         return [Graded(self._reward(r), NoVerdict()) for r in rollouts]
 
-    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+    def labels(self, rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> OracleBatch:
         raise UserError("this task has no oracle")
 
     def _reward(self, rollout: Rollout) -> float | None:

@@ -40,6 +40,7 @@ from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
 
 PLAN = "plan.json"
+LEADER = "routeV"  # the arm that yoked arms follow
 BASE = "base model"
 ORDERS = 500  # orders of the runs that are compared
 ROLLOUT_S, SCORE_S = 0.021, 0.013  # per rollout, one thread of the machine of docs/performance.md
@@ -54,6 +55,7 @@ class Job:
     seed: int
     cfg: Config
     label: str = ""  # names the run where the arm alone would not
+    after: str = ""  # the run whose counts this one follows
 
     @property
     def name(self) -> str:
@@ -69,17 +71,26 @@ class Job:
         return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 
-def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Arms x seeds; the base model's own evaluation comes first. Raises UserError for anything unknown or doubled."""
+def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Job]:
+    """Arms x seeds, in `out`. Arms that follow a routeV run follow that of their seed. Raises UserError for anything
+    unknown or doubled."""
     for what, given in (("arm", arms), ("seed", seeds)):
         if not given:
             raise UserError(f"no {what} given")
         if len(set(given)) < len(given):
             raise UserError(f"a {what} is named twice: {', '.join(map(str, given))}")
-    jobs = [Job(arm, seed, replace(base, arm=arm, seed=seed)) for seed in seeds for arm in arms]
+    jobs = [_yoked(Job(arm, seed, replace(base, arm=arm, seed=seed)), arms, out) for seed in seeds for arm in arms]
     for job in jobs:
         check(job.cfg)
     return jobs
+
+
+def _yoked(job: Job, arms: Sequence[str], out: Path) -> Job:
+    """The job, bound to the routeV run of its seed where it follows one and there is one."""
+    if job.arm not in ARMS or not ARMS[job.arm].yoked or LEADER not in arms:
+        return job
+    leader = f"{LEADER}-s{job.seed}"
+    return replace(job, cfg=replace(job.cfg, yoke=str(out / leader)), after=leader)
 
 
 def plan_table(jobs: Sequence[Job], workers: int) -> Table:
@@ -142,16 +153,25 @@ def _note(job: Job, out: Path, first: int, started: float) -> tuple[int, str]:
 
 def in_order(jobs: Sequence[Job], workers: int) -> list[Job]:
     """The jobs in the order in which the last worker ends soonest, by their estimates, among some hundred orders: the
-    long ones first, and shuffles. A worker takes the next job whenever it is free, the base model's evaluation last."""
+    long ones first, and shuffles. A free worker takes the next job that waits for no other, the base model's evaluation
+    last."""
 
     longest = sorted(jobs, key=lambda job: -job.minutes)
     base = max((len(CELLS) * job.cfg.eval_rollouts * ROLLOUT_S / 60 for job in jobs), default=0.0)
+    names = {job.name for job in jobs}
 
     def end(order: Sequence[Job]) -> float:
-        free = [0.0] * workers
-        for minutes in [*(job.minutes for job in order), base]:
-            heapq.heapreplace(free, free[0] + minutes)
-        return max(free)
+        todo, running, done, now = list(order), [], {"", *(j.after for j in order if j.after not in names)}, 0.0
+        while todo or running:
+            while len(running) < workers and (job := next((j for j in todo if j.after in done), None)):
+                todo.remove(job)
+                heapq.heappush(running, (now + job.minutes, job.name))
+            if not todo and len(running) < workers:
+                heapq.heappush(running, (now + base, BASE))
+                return max(running)[0]
+            now, name = heapq.heappop(running)
+            done.add(name)
+        return now
 
     dice = random.Random(0)
     return min([longest, *(dice.sample(longest, len(longest)) for _ in range(ORDERS))], key=end)
@@ -165,7 +185,7 @@ def run_jobs(
 
     A signal goes on to the runs, which keep their state; then Interrupted is raised again.
     """
-    codes = {job.name: 0 for job in jobs if finished(out / job.name)}
+    codes = {"": 0} | {job.name: 0 for job in jobs if finished(out / job.name)}
     todo, live = [job for job in jobs if job.name not in codes], {}
     called = False
     todo = in_order(todo, workers)
@@ -179,8 +199,8 @@ def run_jobs(
         tasks = {j.name: bars.add_task(j.name, total=j.cfg.steps, note="waiting") for j in todo}
         try:
             while todo or live:
-                while todo and len(live) < workers:
-                    job = todo.pop(0)
+                while len(live) < workers and (job := next((j for j in todo if codes.get(j.after, 1) == 0), None)):
+                    todo.remove(job)
                     (out / f"{job.name}.json").write_text(job.cfg.to_json())
                     log = (out / f"{job.name}.log").open("a")
                     command = [sys.executable, "-m", "vgrout", "train", *_how(job, out)]
@@ -189,6 +209,11 @@ def run_jobs(
                     with held():  # no process without its entry
                         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, process_group=0)
                         live[job.name] = (job, process, start, log)
+                for job in [j for j in todo if codes.get(j.after, 0) != 0]:  # what it follows has failed
+                    todo.remove(job)
+                    codes[job.name] = 1
+                    (out / f"{job.name}.log").write_text(f"not run: it follows {job.after}, which failed\n")
+                    bars.update(tasks[job.name], note=f"not run: {job.after} failed")
                 if not todo and len(live) < workers and not called:
                     called = True
                     idle()
@@ -210,6 +235,7 @@ def run_jobs(
             for _, process, _, _ in live.values():
                 process.wait()
             raise
+    del codes[""]
     return codes
 
 
@@ -398,7 +424,7 @@ def decide(
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: give a positive whole number")
-    jobs = make_jobs(base, arms, seeds)
+    jobs = make_jobs(base, arms, seeds, out)
     if plan:
         console.print(plan_table(jobs, workers))
         return 0

@@ -218,8 +218,10 @@ class Recorder:
         lost = sum(log.lost for log in self._logs.values())
         self._logs["steps"].write({**record, **measured} | ({"lost_lines": lost} if lost else {}))
         scores = [None] * len(rollouts) if decision.score is None else decision.score.tolist()
-        for r, g, zone, score, a in zip(rollouts, graded, decision.zones(), scores, advantage.tolist(), strict=True):
-            extra = {"reward": g.reward, "advantage": a, "zone": zone, "score": score, "step": record["step"]}
+        said = zip(decision.zones(), decision.flagged.tolist(), scores, advantage.tolist(), strict=True)
+        for r, g, (zone, flagged, score, a) in zip(rollouts, graded, said, strict=True):
+            extra = {"reward": g.reward, "advantage": a, "zone": zone, "flagged": flagged, "score": score}
+            extra["step"] = record["step"]
             self._rollout(r, "train", extra, g.sealed)
         if record["skipped"] and rollouts:
             self._dump(record["step"], rollouts, graded, decision, advantage)
@@ -346,7 +348,7 @@ def measures(rollouts: Sequence[Rollout], graded: Sequence[Graded], decision: De
     verdicts = [graded[i].sealed for i in own]
     hacked = [v.hacked for v in verdicts]
     zones = decision.zones()
-    routed = [zones[i] == "route" for i in own]
+    flagged = decision.flagged.tolist()
     out: dict = {
         "m_hack": float(np.mean(hacked)),
         "m_solve": float(np.mean([v.solved for v in verdicts])),
@@ -355,8 +357,9 @@ def measures(rollouts: Sequence[Rollout], graded: Sequence[Graded], decision: De
     }
     for zone in ("keep", "absorb", "route"):
         out[f"m_hack_{zone}"] = sum(h for h, i in zip(hacked, own, strict=True) if zones[i] == zone)
+    out["m_hack_flagged"] = sum(h for h, i in zip(hacked, own, strict=True) if flagged[i])
     if decision.score is not None:
         scores = [float(decision.score[i]) for i in own]
         out["m_auroc"] = auroc(scores, hacked)
-        out["m_f05"] = f_beta(routed, hacked)
+        out["m_f05"] = f_beta([flagged[i] for i in own], hacked)
     return out

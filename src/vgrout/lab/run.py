@@ -29,8 +29,8 @@ from vgrout.envs.task import load_task
 from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
-from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
-from vgrout.loop import Training
+from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer, read_jsonl
+from vgrout.loop import Training, Yoke
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest
@@ -49,6 +49,7 @@ class Workshop:
     policy: Policy
     env: World
     provenance: Mapping[str, Any]
+    yoke: Yoke | None = None  # what the run to follow did
 
 
 def check(cfg: Config) -> None:
@@ -60,8 +61,31 @@ def check(cfg: Config) -> None:
         check_modes(cfg.modes)
     else:
         check_task(cfg)
+    if cfg.yoke and not ARMS[cfg.arm].yoked:
+        raise UserError(f"{cfg.arm} follows no other run: drop --yoke")
+    if not cfg.yoke and ARMS[cfg.arm].yoked == "needs":
+        raise UserError(f"{cfg.arm} follows a routeV run: give its folder as --yoke, or name routeV among the arms")
     load_pairs(cfg.pairs)
     model_path(cfg.model)
+
+
+def followed(cfg: Config) -> list[tuple[int, int]] | None:
+    """Rollouts that the run of `yoke` routed and absorbed in each step; None where there is none to follow.
+
+    Raises UserError where that run is not there, not done, or of another size.
+    """
+    if not cfg.yoke:
+        return None
+    folder = Path(cfg.yoke)
+    leader = Config.read(folder / "config.json")
+    for name in ("steps", "prompts", "group"):
+        if getattr(leader, name) != getattr(cfg, name):
+            raise UserError(f"{folder} has {name} = {getattr(leader, name)}, this run has {getattr(cfg, name)}")
+    steps = read_jsonl(folder / "steps.jsonl")[: cfg.steps]
+    if len(steps) < cfg.steps:
+        raise UserError(f"{folder} has done {len(steps)} of {cfg.steps} steps: a run can follow it when it has all")
+    n = cfg.prompts * cfg.group
+    return [tuple(round((s[zone] or 0) * (n - s["unscored"])) for zone in ("route", "absorb")) for s in steps]
 
 
 def check_task(cfg: Config) -> None:
@@ -106,6 +130,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
     SandboxError where the sandbox fails its self-test."""
     check(cfg)
     torch.set_num_threads(cfg.threads)
+    yoke = followed(cfg)
     policy, weights = _policy(cfg)
     facts = {
         "vgrout": __version__,
@@ -115,11 +140,12 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
         "transformers": transformers.__version__,
         "model_sha256": weights,
         "pairs_sha256": digest(load_pairs(cfg.pairs)),
+        **({"yoke_sha256": sha256(json.dumps(yoke).encode()).hexdigest()} if yoke else {}),
     }
     if cfg.env != MICRO:
         file = Path(cfg.env)
         task = {"task_sha256": sha256(file.read_bytes()).hexdigest(), "sandbox": "none: the reward is the user's own"}
-        yield Workshop(policy, load_task(file), facts | task)
+        yield Workshop(policy, load_task(file), facts | task, yoke)
         return
     with Sandbox(allow_weak=cfg.allow_weak_sandbox) as sandbox:
         self_test(sandbox)
@@ -129,7 +155,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
             "weak_sandbox": sandbox.weak,
             "allow_weak_sandbox": cfg.allow_weak_sandbox,
         }
-        yield Workshop(policy, env, provenance)
+        yield Workshop(policy, env, provenance, yoke)
 
 
 def header(provenance: Mapping[str, Any]) -> str:
@@ -214,7 +240,7 @@ def _run(
 ) -> dict:
     if console is not None:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
-    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs))
+    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke)
     if start is not None:
         training.restore(start.state)
         if console is not None:

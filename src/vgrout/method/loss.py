@@ -25,14 +25,18 @@ def advantages(
     *,
     norm: str,
     counted: Bool[Tensor, N] | None = None,
+    present: Bool[Tensor, N] | None = None,
 ) -> Float[Tensor, N]:
-    """Group advantages. `counted` marks the rows whose mean is the baseline (None: all).
+    """Group advantages. `present` marks the rows that belong to their group at all, the others get 0 (None: all);
+    `counted` those whose mean is the baseline (None: all).
 
-    The sd is that of the whole group. A group in which no row counts has no baseline: its advantages are 0.
+    The sd is that of the group. A group in which no row counts has no baseline: its advantages are 0.
     """
     out = torch.zeros_like(reward)
     for k in group.unique():
-        rows = (group == k).nonzero()[:, 0]
+        rows = (group == k if present is None else (group == k) & present).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
         inside = rows if counted is None else rows[counted[rows]]
         spread = reward[rows].std(unbiased=False)
         if len(inside) == 0 or spread == 0:
@@ -42,12 +46,14 @@ def advantages(
     return out
 
 
-def live_groups(reward: Float[Tensor, N], group: Int[Tensor, N]) -> Bool[Tensor, N]:
-    """Rows whose group has reward variance."""
+def live_groups(
+    reward: Float[Tensor, N], group: Int[Tensor, N], present: Bool[Tensor, N] | None = None
+) -> Bool[Tensor, N]:
+    """Rows whose group has reward variance; among the rows that are `present` where that is given."""
     live = torch.zeros_like(reward, dtype=torch.bool)
     for k in group.unique():
-        rows = group == k
-        live[rows] = bool(reward[rows].max() > reward[rows].min())
+        rows = group == k if present is None else (group == k) & present
+        live[rows] = bool(rows.any()) and bool(reward[rows].max() > reward[rows].min())
     return live
 
 

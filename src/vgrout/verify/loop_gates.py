@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vgrout.adapters import attach
 from vgrout.arms import ARMS
-from vgrout.arms.route_v import RouteV
+from vgrout.arms.monitored import RouteV
+from vgrout.arms.monitors import GradientScore
 from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.micro_env import MicroEnv
@@ -32,11 +33,17 @@ from vgrout.verify.evidence import Evidence, gap, same
 from vgrout.verify.toy import TOY, Letters, demonstrated, displace, random_model, toy_policy, toy_train, weights
 
 
-class Impostor(RouteV):
-    """routeV whose direction is the placebo's tensor."""
+class ForeignScore(GradientScore):
+    """The pairs' score along the placebo's tensor."""
 
     def draw_v(self, hack, clean):
         return haar(hack.shape[1], hack.shape[2], self.cfg.chance_seed)
+
+
+class Impostor(RouteV):
+    """routeV whose direction is the placebo's tensor."""
+
+    monitor = ForeignScore
 
 
 def placebo() -> Evidence:

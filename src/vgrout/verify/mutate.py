@@ -80,9 +80,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("policies", "method/gate.py", "direction.score(self.history)", "direction.score(g)"),
     Mutation(
         "placebo",
-        "arms/route_v.py",
+        "arms/monitors/gradient.py",
         "decide(score, live, t_lo, t_hi)",
-        'decide(score + 0.2 * (self.name == "placebo"), live, t_lo, t_hi)',
+        'decide(score + 0.2 * (self.name == "haar"), live, t_lo, t_hi)',
         True,
     ),
     Mutation("step", "loop.py", "                advantage[index],", "                -advantage[: len(index)],", True),
@@ -103,11 +103,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("resume", "loop.py", 'state["recent"])\n        self.arm_state = self.arm.state()', 'state["recent"])'),
     Mutation("resume", "loop.py", "if p in self.optimizer.state else", "if p.grad is not None else"),
     Mutation("resume", "loop.py", 'self.arm.restore(part(state, "arm."))', "pass"),
-    Mutation("resume", "arms/route_v.py", 'Direction(**part(state, "direction."))', "None"),
+    Mutation("resume", "arms/monitors/gradient.py", 'Direction(**part(state, "direction."))', "None"),
     Mutation(
-        "resume", "arms/route_v.py", 'self.overlap, self.extracted = state["overlap"], state', "self.extracted = state"
+        "resume",
+        "arms/monitors/gradient.py",
+        'self.overlap, self.extracted = state["overlap"], state',
+        "self.extracted = state",
     ),
-    Mutation("resume", "arms/route_v.py", 'state["overlap"], state["extracted"]', 'state["overlap"], 0'),
+    Mutation("resume", "arms/monitors/gradient.py", 'state["overlap"], state["extracted"]', 'state["overlap"], 0'),
     Mutation("resume", "method/gate.py", 'self.history = state.get("history")', "self.history = None"),
     Mutation(
         "blindness",
@@ -115,7 +118,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "reward = arm.shape(batch)",
         "reward = arm.shape(batch) - torch.tensor([float(g.sealed.hacked) for g in graded])",
     ),
-    Mutation("blindness", "arms/controls.py", "oracle.hacked.float()", "torch.zeros(batch.n)"),
+    Mutation("blindness", "arms/monitors/labels.py", "oracle.hacked & seen", "seen & ~seen"),
     Mutation("blindness", "envs/micro_env.py", "sorted(texts, key=lambda text: _place(draw, text))", "texts"),
     Mutation("partition", "envs/micro.py", '"val": range(80, 90)', '"val": range(75, 90)'),
     Mutation("partition", "envs/micro_corpus.py", 'c.bucket in BUCKETS["pretrain"]', "c.bucket < 80"),

@@ -137,9 +137,9 @@ class Letters:
         rng = [random.Random(r.text) for r in rollouts]
         return [Graded(g.choice((0.0, 0.5, 3.5)), SimpleNamespace(hacked=g.random() < 0.5)) for g in rng]
 
-    def labels(self, graded: Sequence[Graded]) -> OracleBatch:
+    def labels(self, rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> OracleBatch:
         hacked = torch.tensor([g.sealed.hacked for g in graded])
-        return OracleBatch(hacked=hacked, solved=~hacked)
+        return OracleBatch(hacked=hacked, solved=~hacked, mode=("letters",) * len(hacked))
 
 
 @dataclass

@@ -1,25 +1,29 @@
-"""routeV: each rollout's own gradient, scored along v, decides which block it may train. And its placebo."""
+"""The gradient score: each rollout's own c-gradient along a direction, cut into zones by a gate policy."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from vgrout.arms.base import Arm, part
+from vgrout.arms.base import part
+from vgrout.arms.monitors.base import Monitor
 from vgrout.method.direction import Direction, calibrate, haar, v_grad
-from vgrout.method.gate import POLICIES, Remembers, decide
+from vgrout.method.gate import POLICIES, Remembers, decide, ranked
 from vgrout.method.loss import advantages
 from vgrout.method.policy import Rows
+from vgrout.types import State
 
 
-class RouteV(Arm):
-    name = "routeV"
-    claim = "routes by the gradient's cosine with a direction from hand-written pairs"
+class GradientScore(Monitor):
+    """Cosines with v, which is extracted from the hand-written pairs every `refresh_every` steps."""
+
+    name = "gradient"
     access = "L1"
     scores = True
-    real = True
+    real: ClassVar[bool] = True  # False: a control, whose bands may be reversed
 
     def __init__(self, bench):
         super().__init__(bench)
@@ -27,37 +31,42 @@ class RouteV(Arm):
         self.direction: Direction | None = None
         self.overlap, self.extracted = 1.0, 0
 
+    def features(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
+        """What is scored of each row; another kind of score replaces this and nothing else."""
+        return self.bench.policy.c_gradients(rows, state)
+
     def draw_v(self, hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"]) -> Float[Tensor, "M R"]:
         """The direction; a control replaces this and nothing else."""
         return v_grad(hack, clean)
 
     def extract(self) -> Direction:
         """v and its bands from the pairs, with the quarantine ablated."""
-        policy = self.bench.policy
-        hack, clean = (policy.c_gradients(rows, "deployed") for rows in (self.bench.hack, self.bench.clean))
+        hack, clean = (self.features(rows, "deployed") for rows in (self.bench.hack, self.bench.clean))
         return calibrate(self.draw_v(hack, clean), hack, clean, real=self.real)
 
-    def route(self, step, batch, oracle):
+    def read(self, step, batch, oracle):
         if step % self.cfg.refresh_every == 0 or self.direction is None:
             fresh = self.extract()
             self.overlap = 1.0 if self.direction is None else fresh.overlap(self.direction)
             self.direction, self.extracted = fresh, step
-        rows = Rows(batch.tokens, batch.completion, batch.length)
-        g = self.bench.policy.c_gradients(rows, self.cfg.score_state)
+        g = self.features(Rows(batch.tokens, batch.completion, batch.length), self.cfg.score_state)
         if self.cfg.score_loss == "grpo":
-            g = g * advantages(self.shape(batch), batch.group, norm=self.cfg.advantage)[:, None, None]
+            g = g * advantages(batch.reward, batch.group, norm=self.cfg.advantage)[:, None, None]
         score, live = self.direction.score(g)
-        if bool(live.any()):
-            t_lo, t_hi = self.gate.thresholds(score[live], g[live], self.direction)
-        else:
-            t_lo = t_hi = float("inf")
         note = {
             "v_accuracy": self.direction.accuracy,
             "v_overlap": self.overlap,
             "v_age": step - self.extracted,
             "zero_gradients": int((~live).sum()),
         }
-        return replace(decide(score, live, t_lo, t_hi), note=note)
+        return replace(self.cut(step, score, live, g), note=note)
+
+    def cut(self, step: int, score: Float[Tensor, N], live: Tensor, g: Float[Tensor, "N M R"]) -> Decision:
+        """Zones from scores. `live` marks the rows that have a gradient."""
+        t_lo = t_hi = float("inf")
+        if bool(live.any()):
+            t_lo, t_hi = self.gate.thresholds(score[live], g[live], self.direction)
+        return decide(score, live, t_lo, t_hi)
 
     def state(self):
         """The direction and its age; the history of a gate policy that has one."""
@@ -80,12 +89,23 @@ class RouteV(Arm):
             self.gate.restore(part(state, "gate."))
 
 
-class Placebo(RouteV):
-    name = "placebo"
-    claim = "routeV with a Haar-random direction, one draw per run"
+class HaarScore(GradientScore):
+    """The same machinery with a Haar-random direction, one draw per run."""
+
+    name = "haar"
     access = "L0"
     real = False
 
     def draw_v(self, hack, clean):
         _, modules, rank = hack.shape
         return haar(modules, rank, self.cfg.chance_seed)
+
+
+class MatchedHaarScore(HaarScore):
+    """A Haar-random direction, in a run that is yoked to another: the highest scores are routed, as many as that run
+    routed in the same step, the next ones absorbed, as many as it absorbed."""
+
+    name = "haar_matched"
+
+    def cut(self, step, score, live, g):
+        return ranked(score, live, *self.bench.yoke[step])

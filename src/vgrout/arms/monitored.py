@@ -1,0 +1,126 @@
+"""Arms that watch: a monitor says which rollouts look like hacks, an action says what follows.
+
+    route       they train the quarantine alone; unsure ones train both blocks
+    screen      they do not train, and leave the mean and sd of their group
+    penalise    `penalty` is taken off their reward
+All read the same Decision, so two arms with one monitor differ by one word. Under the last two, unsure rollouts train
+as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from vgrout.arms.base import Arm, part
+from vgrout.arms.monitors import Coin, GradientScore, HaarScore, Labels, MatchedHaarScore, Monitor
+from vgrout.config import Config
+from vgrout.types import Decision
+
+Action = Callable[[Decision, Config], Decision]
+
+
+def route(read: Decision, cfg: Config) -> Decision:
+    return read
+
+
+def screen(read: Decision, cfg: Config) -> Decision:
+    plain = torch.zeros_like(read.m)
+    return replace(read, m=plain, d=plain, weight=(~read.route).float())
+
+
+def penalise(read: Decision, cfg: Config) -> Decision:
+    plain = torch.zeros_like(read.m)
+    return replace(read, m=plain, d=plain, penalty=cfg.penalty * read.route)
+
+
+ACTIONS: dict[str, Action] = {"route": route, "screen": screen, "penalise": penalise}
+
+
+class Monitored(Arm):
+    """A subclass names its monitor and its action; access level and costs follow from the monitor."""
+
+    monitor: ClassVar[type[Monitor]]
+    action: ClassVar[str] = "route"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for fact in ("access", "reads_oracle", "scores"):
+            setattr(cls, fact, getattr(cls.monitor, fact))
+
+    def __init__(self, bench):
+        super().__init__(bench)
+        self.watch = self.monitor(bench)
+
+    def route(self, step, batch, oracle):
+        return ACTIONS[self.action](self.watch.read(step, batch, oracle), self.cfg)
+
+    def state(self):
+        return {f"watch.{key}": value for key, value in self.watch.state().items()}
+
+    def restore(self, state):
+        self.watch.restore(part(state, "watch."))
+
+
+class RouteV(Monitored):
+    name = "routeV"
+    claim = "routes by the gradient's cosine with a direction from hand-written pairs"
+    monitor = GradientScore
+
+
+class ScreenV(Monitored):
+    name = "screen_v"
+    claim = "leaves out what routeV would route"
+    monitor = GradientScore
+    action = "screen"
+
+
+class PenaltyV(Monitored):
+    name = "penalty_v"
+    claim = "takes a penalty off the reward of what routeV would route"
+    monitor = GradientScore
+    action = "penalise"
+
+
+class Placebo(Monitored):
+    name = "placebo"
+    claim = "routeV with a Haar-random direction, one draw per run"
+    monitor = HaarScore
+
+
+class PlaceboMatched(Monitored):
+    name = "placebo_matched"
+    claim = "routes by a Haar-random direction, in each step as many rollouts as the paired routeV run"
+    monitor = MatchedHaarScore
+    yoked = "needs"
+
+
+class CoinFlip(Monitored):
+    name = "coin_flip"
+    claim = "routes and absorbs at random: as many as the paired routeV run, or fixed shares where there is none"
+    monitor = Coin
+    yoked = "takes"
+
+
+class OracleRoute(Monitored):
+    name = "oracle_route"
+    claim = "positive control: routes the hacks that the oracle names"
+    monitor = Labels
+    baseline = "kept"
+
+
+class OracleScreen(Monitored):
+    name = "oracle_screen"
+    claim = "ceiling of filtering: leaves out the hacks that the oracle names"
+    monitor = Labels
+    action = "screen"
+
+
+class OraclePenalty(Monitored):
+    name = "oracle_penalty"
+    claim = "ceiling of reward shaping: takes a penalty off the hacks that the oracle names"
+    monitor = Labels
+    action = "penalise"
