@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from vgrout.arms import ARMS, Arm
+from vgrout.arms import ARMS, Arm, hooks
+from vgrout.arms.monitored import Monitored
+from vgrout.arms.monitors import MONITORS, Monitor
 from vgrout.envs.problems import read_problems
 from vgrout.envs.task import load_task
-from vgrout.method.gate import POLICIES, GatePolicy
+from vgrout.method.gate import POLICIES, GatePolicy, decide
 from vgrout.types import Decision
 from vgrout.verify.toy import TOY, toy_train
 
@@ -45,6 +47,19 @@ def test_arm(monkeypatch):
     monkeypatch.setitem(ARMS, "halves", scope["Halves"])
     _, watcher = toy_train(replace(TOY, arm="halves", steps=1))
     assert watcher.decisions[0].zones() == ["keep", "absorb"] * 4
+
+
+def test_monitor(monkeypatch):
+    scope: dict = {"Monitor": Monitor, "Monitored": Monitored, "decide": decide}
+    exec(block("class Long"), scope)
+    monkeypatch.setitem(MONITORS, "length", scope["Long"])
+    monkeypatch.setitem(ARMS, "screen_long", scope["ScreenLong"])
+    assert scope["ScreenLong"].signal == "length" and hooks(scope["ScreenLong"]) == ("route",)
+    _, watcher = toy_train(replace(TOY, arm="screen_long", steps=3))
+    for decision in watcher.decisions:
+        long = decision.score > decision.score.mean() + decision.score.std()
+        assert torch.equal(decision.flagged, long) and torch.equal(decision.weight, 1 - long.float())
+    assert any(bool(decision.flagged.any()) for decision in watcher.decisions)
 
 
 def test_gate_policy(monkeypatch):

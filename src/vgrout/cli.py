@@ -14,7 +14,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from vgrout.config import Config, preset
 from vgrout.signals import Interrupted, listening
@@ -55,7 +54,7 @@ def commands(base: Config) -> dict:
         Args:
             out: Folder of the experiment.
             cfg: Settings of every run.
-            arms: Interventions, see `vgrout arms`.
+            arms: Interventions and variants, see `vgrout arms --variants`; or all, or all-variants.
             seeds: Training seeds.
             workers: Runs at the same time, one CPU thread each.
             force: Replace an experiment that is in the folder.
@@ -125,17 +124,17 @@ def commands(base: Config) -> dict:
         reevaluate(run, split, rollouts, console)
         return 0
 
-    def arms() -> int:
-        """List the interventions."""
-        from vgrout.arms import ARMS
+    def arms(variants: bool = False) -> int:
+        """List the interventions: what tells rollouts apart, what follows from it, which hooks of the loop it takes.
 
-        table = Table()
-        for column in ("arm", "access", "oracle", "at deployment", "what it does"):
-            table.add_column(column)
-        for name, arm in ARMS.items():
-            ships = "quarantine ablated" if arm.ablates else "as it is"
-            table.add_row(name, arm.access, "reads" if arm.reads_oracle else "-", ships, arm.claim)
-        console.print(table)
+        Args:
+            variants: Also arms with other settings, which `vgrout decide --arms` takes by name.
+        """
+        from vgrout.lab.grid import arms_table
+        from vgrout.lab.tables import print_wide
+
+        for table in arms_table(variants):
+            print_wide(table, console)
         return 0
 
     def modes(markdown: bool = False, allow_weak_sandbox: bool = False) -> int:

@@ -428,6 +428,7 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
     return {
         "reward": float(batch.reward[own].mean()) if bool(own.any()) else math.nan,
         "compiled": fmean(known) if known else math.nan,
+        "tokens": int(batch.completion[own].sum()),
         "keep": float(decision.keep.float().mean()),
         "absorb": float(decision.absorb.float().mean()),
         "route": float(decision.route.float().mean()),
@@ -440,5 +441,5 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
 
 
 OF_GRADIENTS = ("loss", "kl", "entropy", "clipped", "micro_batch", "norm_deployed", "norm_quarantine", "qmass")
-OF_ROLLOUTS = ("reward", "compiled", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
+OF_ROLLOUTS = ("reward", "compiled", "tokens", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
 NOTHING = dict.fromkeys((*OF_GRADIENTS, *OF_ROLLOUTS), math.nan) | {"skipped": "no rollout has a reward"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vgrout.arms.base import Arm, Bench
+from vgrout.arms.base import HOOKS, Arm, Bench
 from vgrout.arms.controls import Absorb, None2r, RlBaseline
 from vgrout.arms.monitored import (
     CoinFlip,
@@ -31,5 +31,11 @@ ARMS: dict[str, type[Arm]] = {
     "oracle_screen": OracleScreen,  # screening by them (ceiling)
     "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)
 }
+
+
+def hooks(arm: type[Arm]) -> tuple[str, ...]:
+    """The hooks that an arm overrides."""
+    return tuple(name for name in HOOKS if getattr(arm, name) is not getattr(Arm, name))
+
 
 __all__ = ["ARMS", "Arm", "Bench"]

@@ -51,6 +51,8 @@ class Arm:
     name: ClassVar[str] = "none"
     claim: ClassVar[str] = "vanilla GRPO on the deployed block"
     paper: ClassVar[str] = ""  # where the method is from; empty for vGROUT's own and for plain controls
+    signal: ClassVar[str] = "-"  # what tells its rollouts apart
+    action: ClassVar[str] = "-"  # what it does to those
     access: ClassVar[str] = "L0"  # METHOD.md section 0: L0 none ... L4 live oracle
     reads_oracle: ClassVar[bool] = False
     scores: ClassVar[bool] = False  # runs every rollout through the model once more, which takes time

@@ -44,12 +44,13 @@ class Monitored(Arm):
     """A subclass names its monitor and its action; access level and costs follow from the monitor."""
 
     monitor: ClassVar[type[Monitor]]
-    action: ClassVar[str] = "route"
+    action = "route"
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for fact in ("access", "reads_oracle", "scores"):
             setattr(cls, fact, getattr(cls.monitor, fact))
+        cls.signal = cls.monitor.name
 
     def __init__(self, bench):
         super().__init__(bench)
