@@ -51,14 +51,14 @@ def test_arm(monkeypatch):
 
 def test_monitor(monkeypatch):
     scope: dict = {"Monitor": Monitor, "Monitored": Monitored, "decide": decide}
-    exec(block("class Long"), scope)
-    monkeypatch.setitem(MONITORS, "length", scope["Long"])
-    monkeypatch.setitem(ARMS, "screen_long", scope["ScreenLong"])
-    assert scope["ScreenLong"].signal == "length" and hooks(scope["ScreenLong"]) == ("route",)
-    _, watcher = toy_train(replace(TOY, arm="screen_long", steps=3))
+    exec(block("class Short"), scope)
+    monkeypatch.setitem(MONITORS, "length", scope["Short"])
+    monkeypatch.setitem(ARMS, "screen_short", scope["ScreenShort"])
+    assert scope["ScreenShort"].signal == "length" and hooks(scope["ScreenShort"]) == ("route",)
+    _, watcher = toy_train(replace(TOY, arm="screen_short", steps=3))
     for decision in watcher.decisions:
-        long = decision.score > decision.score.mean() + decision.score.std()
-        assert torch.equal(decision.flagged, long) and torch.equal(decision.weight, 1 - long.float())
+        short = decision.score > decision.threshold[1]
+        assert torch.equal(decision.flagged, short) and torch.equal(decision.weight, 1 - short.float())
     assert any(bool(decision.flagged.any()) for decision in watcher.decisions)
 
 
