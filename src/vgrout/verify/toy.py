@@ -18,7 +18,7 @@ from vgrout.adapters import Adapter, attach
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
-from vgrout.loop import train
+from vgrout.loop import adapted, train
 from vgrout.method.policy import Policy
 from vgrout.models.organism import OrganismConfig, Text, new_model, train_tokenizer
 from vgrout.types import Decision, Graded, OracleBatch, Pair, Prompt, Rollout
@@ -91,9 +91,7 @@ def rig(rows: int = 6, *, moved: bool = True, double: bool = False) -> Rig:
 
 
 def toy_policy(cfg: Config) -> Policy:
-    model = random_model()
-    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
-    return Policy(model, tokenizer(), adapter, cfg.temperature, cfg.micro_batch)
+    return adapted(cfg, random_model(), tokenizer(), PAIRS)
 
 
 PAIRS = tuple(
