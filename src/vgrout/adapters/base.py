@@ -38,9 +38,9 @@ Detach = Literal["output", "params"]
 
 @dataclass(frozen=True)
 class Flow:
-    """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows with
-    d = 1. `m`, `d` None: no row mask, one state for all rows. `probes`: module name -> c [N, R]. `weights`: module name -> the weight [o, i] that stands for the base and
-    its live blocks together."""
+    """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows
+    with d = 1. `m`, `d` None: no row mask, one state for all rows. `probes`: module name -> c [N, R]. `weights`: module
+    name -> the weight [o, i] that stands for the base and its live blocks together."""
 
     deployed: bool = True
     quarantine: bool = True
@@ -254,8 +254,8 @@ class Adapter:
             if set(file.keys()) != set(mine):
                 raise UserError(f"{path} holds an adapter of another shape than this model's")
             for key, tensor in mine.items():
-                saved = file.get_tensor(key)
-                if saved.shape != tensor.shape:
-                    raise UserError(f"{path}: {key} is {tuple(saved.shape)}, the model needs {tuple(tensor.shape)}")
-                tensor.copy_(saved)
+                if (shape := tuple(file.get_slice(key).get_shape())) != tuple(tensor.shape):
+                    raise UserError(f"{path}: {key} is {shape}, the model needs {tuple(tensor.shape)}")
+            for key, tensor in mine.items():
+                tensor.copy_(file.get_tensor(key))
             return json.loads(file.metadata()["vgrout"])

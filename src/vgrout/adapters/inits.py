@@ -17,8 +17,9 @@ order with dB_j reversed, which the optimizer cannot tell apart.
 
 Deltas from canon: PiSSA (Meng et al. 2024) and CorDA (Yang et al. 2024) leave the residual W - B0 A0 in the frozen
 weight; lora2r subtracts the init's product, which is the same. CorDA adapts to a task by its largest axes (its
-instruction-previewed mode); so do we, with the pairs as the task. C gets 1 % of its mean diagonal on the diagonal, once,
-where CorDA raises that until the inverse is exact. CorDA's |a_j| and |b_j| depend on the unit of x; balanced ones do not.
+instruction-previewed mode); so do we, with the pairs as the task. C gets 1 % of its mean diagonal on the diagonal,
+once, where CorDA raises that until the inverse is exact. CorDA's |a_j| and |b_j| depend on the unit of x; balanced ones
+do not.
 """
 
 from __future__ import annotations

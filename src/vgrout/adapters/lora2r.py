@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from vgrout.adapters.base import BLOCKS, BlockLinear, Switch
 from vgrout.adapters.inits import INITS

@@ -17,7 +17,7 @@ _KNOWN: dict[str, Parts] = {}
 
 @torch.no_grad()
 def svd(weight: Float[Tensor, "o i"]) -> Parts:
-    """U, S, Vh with weight = U diag(S) Vh, S falling; in float32 at least. Shared between callers: not to be changed."""
+    """U, S, Vh with weight = U diag(S) Vh, S falling; in float32 at least. Callers share them: they must not change."""
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
     shape = f"{exact.dtype} {tuple(exact.shape)} {exact.device}\n"
     key = sha256(shape.encode() + exact.cpu().numpy().tobytes()).hexdigest()

@@ -88,4 +88,4 @@ class Placebo(RouteV):
 
     def draw_v(self, hack, clean):
         _, modules, rank = hack.shape
-        return haar(modules, rank, self.cfg.chance_seed)
+        return haar(modules, rank, self.cfg.chance_seed, list(self.bench.policy.adapter.widths.values()))

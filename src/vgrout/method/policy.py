@@ -1,8 +1,8 @@
 """The policy's forward passes: distributions and log-probabilities of completions, and c-gradients.
 
 c-probe (METHOD.md section 2): a virtual scale c = 1 between A and B of each module's `bottleneck`, one row per rollout.
-Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output. R is the widest
-bottleneck of the model; a narrower one has zeros behind its own entries, which change no cosine.
+Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output. R is the
+widest bottleneck of the model; a narrower one has zeros behind its own entries, which change no cosine.
 """
 
 from __future__ import annotations
