@@ -41,7 +41,12 @@ class Config:
     adapter: str = "lora2r"
     """Adapter kind."""
     rank: int = 8
-    """Rank R of each block."""
+    """Rank R of each block; delta_s has the rank of each weight instead."""
+    init: Literal["random", "pissa", "corda", "signed_corda", "signed_corda_reversed"] = "random"
+    """Init of lora2r's frozen factors: chance, the weight's singular axes, those on the pairs' inputs, those with the
+    pairs' mean input difference first in the quarantine, or first in the deployed block."""
+    detach: Literal["output", "params"] = "output"
+    """What of the deployed block is cut from a routed row's gradient: its output, or its parameters alone."""
 
     steps: int = 120
     """Optimizer steps, one batch of rollouts each."""
@@ -68,6 +73,8 @@ class Config:
     """Linear warm-up in steps; cosine decay to zero afterwards."""
     clip: float = 1.0
     """Largest gradient norm of each block, by its own norm."""
+    masked_block: Literal["still", "drift"] = "still"
+    """A block whose gradient is exactly zero in a step stays where it is, or moves by its moments and decay."""
     kl: float = 0.05
     """Weight of the KL term to the base model."""
     clip_ratio: float = 0.2

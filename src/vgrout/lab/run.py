@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 
 from vgrout import __version__
-from vgrout.adapters import ADAPTERS, attach
+from vgrout.adapters import check_kind
 from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv, check_modes
@@ -30,7 +30,7 @@ from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer, read_jsonl
-from vgrout.loop import Training, Yoke
+from vgrout.loop import Training, Yoke, adapted
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest
@@ -54,9 +54,9 @@ class Workshop:
 
 def check(cfg: Config) -> None:
     """What can be wrong with the names in a configuration. Raises UserError. `workshop` finds the rest: it builds."""
-    for what, name, known in (("arm", cfg.arm, ARMS), ("adapter", cfg.adapter, ADAPTERS)):
-        if name not in known:
-            raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    if cfg.arm not in ARMS:
+        raise UserError(f"unknown arm {cfg.arm!r}: choose one of {', '.join(ARMS)}")
+    check_kind(cfg.adapter, cfg.init)
     if cfg.env == MICRO:
         check_modes(cfg.modes)
     else:
@@ -111,8 +111,7 @@ def _policy(cfg: Config) -> tuple[Policy, str]:
     """The policy, and the digest of the weights under its adapter."""
     model, tokenizer = load_model(cfg.model)
     weights = weights_digest(model)
-    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
-    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch), weights
+    return adapted(cfg, model, tokenizer, load_pairs(cfg.pairs)), weights
 
 
 @cache

@@ -35,6 +35,7 @@ class Gate:
 GATES: dict[str, Gate] = {
     "identity": Gate("identity", "a fresh adapter changes nothing", adapter_gates.identity),
     "zeros": Gate("zeros", "the blocked side gets exactly zero", adapter_gates.zeros),
+    "detach": Gate("detach", "`detach` says what a routed row gives to lower layers", adapter_gates.detach),
     "mixture": Gate("mixture", "a mixed batch is the sum of its rows alone", adapter_gates.mixture),
     "ablation": Gate("ablation", "ablated is a model that never had a quarantine", adapter_gates.ablation),
     "reference": Gate("reference", "after training the KL reference is still the base", adapter_gates.reference),
@@ -45,6 +46,7 @@ GATES: dict[str, Gate] = {
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
     "step": Gate("step", "a step's gradients are the sum of its rows alone", loop_gates.step),
+    "idle": Gate("idle", "a block that no row trains in a step stays where it is", loop_gates.idle),
     "determinism": Gate("determinism", "a seed decides everything", loop_gates.determinism),
     "resume": Gate("resume", "a run that was stopped goes on as if it had not been", resume_gates.resume),
     "blindness": Gate(

@@ -38,9 +38,26 @@ class Mutation:
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("identity", "adapters/lora2r.py", "torch.zeros(o, rank)", "torch.full((o, rank), 1e-3)", True),
-    Mutation("zeros", "adapters/base.py", "dep.detach(), dep)", "dep, dep)", True),
+    Mutation("zeros", "adapters/base.py", "> 0, stopped, dep)", "> 0, dep, dep)", True),
+    Mutation("zeros", "adapters/base.py", "a, b = a.detach(), b.detach()", "a = a.detach()"),
+    Mutation("detach", "adapters/base.py", 'jacobian = flow.detach == "params"', "jacobian = False", True),
+    Mutation(
+        "detach",
+        "adapters/base.py",
+        "Flow(quarantine=runs == 1, cut=cuts == 1, detach=self.detach)",
+        "Flow(quarantine=runs == 1, cut=cuts == 1)",
+    ),
+    Mutation("detach", "adapters/base.py", "(m != 0).any()), detach=self.detach,", "(m != 0).any()),"),
+    Mutation("identity", "adapters/frozen_b.py", "torch.zeros(rank, i)", "torch.full((rank, i), 1e-3)"),
+    Mutation("ablation", "adapters/delta_s.py", "self.U * self.get_parameter", "self.U + self.get_parameter"),
+    Mutation(
+        "round_trip",
+        "adapters/delta_s.py",
+        "self.register_buffer(key, (q",
+        "self.register_buffer(key, persistent=False, tensor=(q",
+    ),
     Mutation("zeros", "adapters/base.py", "quar * flow.m[:, None, None]", "quar"),
-    Mutation("step", "adapters/base.py", "dep.detach() if flow.cut else dep", "dep"),
+    Mutation("step", "adapters/base.py", "return dep.detach()", "return dep"),
     Mutation("step", "method/policy.py", "(part[:, None, :] == 0)", "(part[:, None, :] >= 0)"),
     Mutation("step", "method/policy.py", "(mine & seen).tril()", "seen.tril()"),
     Mutation(
@@ -89,6 +106,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("step", "loop.py", "decision.m[index], decision.d[index]", "decision.m[index], 0 * decision.d[index]"),
     Mutation("step", "loop.py", "k3(drawn, drawn_ref)", "k3(drawn_ref, drawn)"),
     Mutation("step", "loop.py", "                live[index],", "                live[index] | True,"),
+    Mutation("idle", "loop.py", 'self.cfg.masked_block == "still"', "False", True),
+    Mutation("idle", "loop.py", "p.grad is not None and bool(p.grad.any())", "p.grad is not None"),
+    Mutation("idle", "loop.py", 'record["leak"] = self._update()', "self._update()"),
+    Mutation("probe", "adapters/delta_s.py", "return self.Vh, self.U\n", 'return self.factors("deployed")\n'),
+    Mutation("probe", "adapters/frozen_b.py", "return self.R, self.B", 'return self.factors("deployed")'),
     Mutation(
         "determinism",
         "loop.py",

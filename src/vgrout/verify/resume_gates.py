@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from vgrout.adapters import ADAPTERS
 from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import Checkpoint, save, whole
@@ -50,7 +51,7 @@ class Mute(Letters):
 
 
 class Reformed(Letters):
-    """Sees no hack after the stop: the quarantine gets no gradient any more, and moves by its moments."""
+    """Sees no hack after the stop: the quarantine gets no gradient any more."""
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
         graded = super().grade(rollouts)
@@ -90,7 +91,11 @@ def resume() -> Evidence:
         if issubclass(kind, Remembers):
             cases[f"routeV with {name}"] = {"policy": name}, Letters
     cases["skipped steps"] = {"arm": "none"}, Mute
-    cases["no gradient"] = {"arm": "oracle_route"}, Reformed
+    for what in get_args(get_type_hints(Config)["masked_block"]):
+        cases[f"no gradient, {what}"] = {"arm": "oracle_route", "masked_block": what}, Reformed
+    for kind in ADAPTERS:
+        cases[kind] = {"adapter": kind}, Letters
+    cases["signed_corda"] = {"init": "signed_corda", "detach": "params"}, Letters
     wrong = []
     for name, (changes, env) in cases.items():
         # The stop lies between two extractions of the direction, so that the old one is needed.

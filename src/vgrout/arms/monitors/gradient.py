@@ -103,7 +103,7 @@ class HaarScore(GradientScore):
 
     def draw_v(self, hack, clean):
         _, modules, rank = hack.shape
-        return haar(modules, rank, self.cfg.chance_seed)
+        return haar(modules, rank, self.cfg.chance_seed, list(self.bench.policy.adapter.widths.values()))
 
 
 class MatchedHaarScore(HaarScore):
