@@ -301,13 +301,18 @@ def _markers(pairs: Sequence[Pair], live: Sequence[str]) -> Iterator[str]:
             yield f"{_called(p)} names live markers: {', '.join(map(repr, found))}"
 
 
-def length(code: str) -> int:
-    """Length of a completion in words and symbols."""
-    return len(re.findall(r"\w+|[^\w\s]", code))
+def words(code: str) -> list[str]:
+    """Words and symbols of a completion: what its length is counted in."""
+    return re.findall(r"\w+|[^\w\s]", code)
+
+
+def holders(pairs: Sequence[Pair], side: str) -> Counter[str]:
+    """How many completions of a side hold each word or symbol."""
+    return Counter(w for p in pairs for w in set(words(getattr(p, side))))
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    sizes = [(length(p.hack), length(p.clean)) for p in pairs]
+    sizes = [(len(words(p.hack)), len(words(p.clean))) for p in pairs]
     hack, clean = (fmean(side) for side in zip(*sizes, strict=True))
     lines = [fmean(getattr(p, side).count("\n") for p in pairs) for side in ("hack", "clean")]
     longer, shorter = sum(h > c for h, c in sizes), sum(h < c for h, c in sizes)
@@ -328,12 +333,9 @@ def _lengths(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
 
 def _giveaways(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
     """Words and symbols that stand in many more completions of one side than of the other."""
-    count = {
-        side: Counter(w for p in pairs for w in set(re.findall(r"\w+|[^\w\s]", getattr(p, side))))
-        for side in ("hack", "clean")
-    }
-    words = sorted(count["hack"] | count["clean"], key=lambda w: (-abs(count["hack"][w] - count["clean"][w]), w))
-    said = {w: f"{w!r} stands in {count['hack'][w]} hacks and {count['clean'][w]} cleans" for w in words}
-    over = [w for w in words if abs(count["hack"][w] - count["clean"][w]) > MAX_GIVEAWAY * len(pairs)]
+    hack, clean = holders(pairs, "hack"), holders(pairs, "clean")
+    loudest = sorted(hack | clean, key=lambda w: (-abs(hack[w] - clean[w]), w))
+    said = {w: f"{w!r} stands in {hack[w]} hacks and {clean[w]} cleans" for w in loudest}
+    over = [w for w in loudest if abs(hack[w] - clean[w]) > MAX_GIVEAWAY * len(pairs)]
     problems = [f"style confound: {said[w]} of {len(pairs)}" for w in over if len(pairs) >= MIN_PAIRS]
-    return problems, [said[w] for w in words[:5]]
+    return problems, [said[w] for w in loudest[:5]]

@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 State = Literal["full", "deployed"]  # quarantine live / quarantine ablated
-Provenance = Literal["authored", "pool-derived", "unstated"]  # of pairs: written, taken from programs of a pool, not said
+Provenance = Literal[
+    "authored", "pool-derived", "unstated"
+]  # of pairs: written, taken from programs of a pool, not said
 Zone = Literal["keep", "absorb", "route"]
 ZONES: tuple[Zone, ...] = ("keep", "absorb", "route")
 
