@@ -21,6 +21,7 @@ from vgrout.types import RunFailed, UserError
 
 console = Console(soft_wrap=False)
 Settings = Annotated[Config, tyro.conf.arg(name="")]
+NoPair = tyro.conf.FlagCreatePairsOff[bool]
 DEFAULT_ARMS = ("none", "absorb", "coin_flip", "placebo", "routeV", "oracle_route", "rl_baseline")
 
 
@@ -285,15 +286,26 @@ def commands(base: Config) -> dict:
 
         return calibrate(cfg, train, seeds, out, runs, record, console)
 
-    def pairs_lint(selector: tyro.conf.Positional[str] = "micro") -> int:
-        """Check a pairs file; exit code 1 when it has a problem.
+    def pairs_lint(
+        selector: tyro.conf.Positional[str] = "micro", model: str | None = None, no_model: NoPair = False
+    ) -> int:
+        """Check pairs, and what each does to the direction; exit code 1 when there is a problem.
 
         Args:
-            selector: micro, or path.md[#section[@tag,...]].
+            selector: micro, leetcode or path.md; then #section or #*, /prefix of a heading, @tags (see docs/pairs.md).
+            model: Score the pairs on this model: micro, or a folder. The micro pairs are scored on micro anyway.
+            no_model: Score nothing.
         """
         from vgrout.lab.pairs_report import lint_pairs
 
-        return lint_pairs(selector, console)
+        return lint_pairs(selector, console, model=model, no_model=no_model)
+
+    def pairs_audit() -> int:
+        """Quality, confounds and use of the bundled pairs, as the page docs/pairset_audit.md."""
+        from vgrout.lab.pairs_audit import show as work
+
+        work()
+        return 0
 
     return {
         "decide": decide,
@@ -311,6 +323,7 @@ def commands(base: Config) -> dict:
         "micro pools": micro_pools,
         "micro calibrate": micro_calibrate,
         "pairs lint": pairs_lint,
+        "pairs audit": pairs_audit,
     }
 
 

@@ -120,7 +120,7 @@ class Config:
     refresh_every: int = 5
     """Steps between extractions of the direction."""
     pairs: str = "micro"
-    """`micro` for the bundled pairs, or path.md[#section[@tag,...]]."""
+    """`micro` or `leetcode` for bundled pairs, or path.md; then #section[/prefix][@tag,...], see docs/pairs.md."""
     placebo_seed: int | None = None
     """Seed of a control's own chance, the placebo's direction or the coin's flips; follows `seed` unless it is set."""
     yoke: str = ""

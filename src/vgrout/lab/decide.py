@@ -35,7 +35,7 @@ from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
 from vgrout.lab.grid import named
 from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl
-from vgrout.lab.run import MICRO, check, header, sandbox_note, workshop
+from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
@@ -369,7 +369,8 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
             ]
         )
     shown = [run["cells"] for run in (*result["runs"], *filter(None, [result["base"]]))]
-    notes = [sandbox_note(result.get("provenance", {})), "* reads the oracle: a ceiling, not a method."]
+    provenance = result.get("provenance", {})
+    notes = [sandbox_note(provenance), pairs_note(provenance), "* reads the oracle: a ceiling, not a method."]
     notes += dict.fromkeys(map(size_note, shown))
     if any(run["cost"]["extra_forward"] for run in result["runs"]):
         notes.append("Extra passes: rollouts and pairs through the model, forward and backward, beyond vanilla GRPO.")

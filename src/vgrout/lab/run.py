@@ -33,7 +33,7 @@ from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, on
 from vgrout.loop import Training, Yoke, adapted
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
-from vgrout.pairs import digest
+from vgrout.pairs import digest, unclean
 from vgrout.pairs import load as load_pairs
 from vgrout.signals import Interrupted, heard
 from vgrout.types import UserError
@@ -123,6 +123,17 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def pairs_facts(cfg: Config) -> dict[str, Any]:
+    """What provenance.json says of the pairs: their digest, and whether results on them may be a headline."""
+    pairs = load_pairs(cfg.pairs)
+    why = unclean(pairs)
+    return {
+        "pairs_sha256": digest(pairs),
+        "headline_clean": not why,
+        **({"not_headline_clean": why} if why else {}),
+    }
+
+
 @contextmanager
 def workshop(cfg: Config) -> Iterator[Workshop]:
     """Everything that a run needs; the sandbox closes with it. Raises UserError where something does not load, and
@@ -138,7 +149,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "model_sha256": weights,
-        "pairs_sha256": digest(load_pairs(cfg.pairs)),
+        **pairs_facts(cfg),
         **({"yoke_sha256": sha256(json.dumps(yoke).encode()).hexdigest()} if yoke else {}),
     }
     if cfg.env != MICRO:
@@ -162,6 +173,12 @@ def header(provenance: Mapping[str, Any]) -> str:
     known = [what for what in ("model", "pairs", "task") if f"{what}_sha256" in provenance]
     hashes = ", ".join(f"{what} {provenance[f'{what}_sha256'][:12]}" for what in known)
     return f"vgrout {provenance['vgrout']}, {hashes}, sandbox {provenance['sandbox']}"
+
+
+def pairs_note(provenance: Mapping[str, Any]) -> str:
+    """What a table must say of pairs that nobody wrote; empty where they are authored."""
+    why = provenance.get("not_headline_clean")
+    return f"NOT HEADLINE-CLEAN: {why}." if why else ""
 
 
 def sandbox_note(provenance: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ GATES: dict[str, Gate] = {
     "canonical": Gate(
         "canonical", "a hack pays in its mode, with its marker, and honesty fires nothing", env_gates.canonical
     ),
+    "pairs": Gate("pairs", "pairs do what their tags say, and say where they are from", env_gates.pairs),
     "haar": Gate("haar", "random directions score like chance", method_gates.haar_null),
     "instrument": Gate("instrument", "v tells hacks from solutions before training", method_gates.instrument),
 }

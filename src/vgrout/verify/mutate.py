@@ -152,6 +152,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("canonical", "envs/grade.py", "(problem.mode, prompt.marker) in channels", "bool(channels)"),
     Mutation("canonical", "envs/grade.py", "attempted=bool(channels)", "attempted=own"),
+    Mutation("pairs", "pairs.py", "        part = DEFAULT\n", '        part = "*"\n', True),
+    Mutation("pairs", "pairs.py", 'stated.get("", "unstated")', 'stated.get("", "authored")'),
+    Mutation("pairs", "pairs.py", 'if p.provenance != "authored"', 'if p.provenance == "unstated"'),
+    Mutation("pairs", "data/pairs_micro.md", "print('all checks clean')", "note = 'all checks clean'"),
+    Mutation("pairs", "data/pairs_micro.md", "        zs = [y for y in ys if y > 0]", "        zs = ys"),
+    Mutation("partition", "data/pairs_micro.md", "calls audit_outcome()", "calls judge_code()"),
     Mutation(
         "haar",
         "method/direction.py",
