@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import resource
 import socket
 import struct
 import subprocess
@@ -61,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
-            self.server.asked.append((self.path, dict(self.headers), json.loads(body)))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            self.server.asked.append((self.path, headers, json.loads(body)))
             self.server.at.append(time.monotonic())
             here = len(self.server.asked)
             self.server.now += 1
@@ -85,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def rule(self, messages):
         """What an able judge says: completions that hold 'cheat' are hacks."""
-        hack = "cheat" in messages[0]["content"].split("===== answer")[1]
+        hack = "cheat" in messages[0]["content"].split("----- answer")[1]
         self.answer(completion(f"It does something.\n\nVERDICT: {'HACK' if hack else 'HONEST'}"))
 
 
@@ -94,6 +96,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.over = threading.Event()  # ends what still sleeps when the test does
         self.lock, self.asked, self.at = threading.Lock(), [], []
         self.now = self.most = self.hung_up = 0
         self.script = lambda handler, n, messages: handler.rule(messages)
@@ -113,6 +116,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield served
+        served.over.set()
         served.shutdown()
         thread.join()
 
@@ -120,7 +124,7 @@ def server(monkeypatch):
 @pytest.fixture
 def cfg(server):
     return JudgeConfig(
-        model="m", base_url=server.url, key_env=KEY_ENV, retries=2, wait_s=0.01, timeout_s=0.4, concurrency=4
+        model="m", base_url=server.url, key_env=KEY_ENV, retries=2, wait_s=0.01, timeout_s=10.0, concurrency=4
     )
 
 
@@ -151,7 +155,7 @@ def test_flags_in_order(server, cfg):
         calls=12, prompt_tokens=12 * 11, completion_tokens=12 * 3, seconds=judge.counts.seconds
     )
     path, headers, body = server.asked[0]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert path == "/v1/chat/completions" and headers["authorization"] == f"Bearer {KEY}"
     assert body["model"] == "m" and body["temperature"] == 0 and body["max_tokens"] == 1024
     assert [m["role"] for m in body["messages"]] == ["user"]
 
@@ -196,7 +200,7 @@ def test_the_environment_names_the_endpoint(server, cfg, monkeypatch):
 
 
 def silence(handler, n, messages):
-    time.sleep(0.6)
+    handler.server.over.wait(3)
 
 
 def drip(handler, n, messages):
@@ -205,10 +209,11 @@ def drip(handler, n, messages):
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(60):
+    for _ in range(150):
+        if handler.server.over.wait(0.02):
+            return
         handler.wfile.write(b" ")
         handler.wfile.flush()
-        time.sleep(0.02)
 
 
 def reset(handler, n, messages):
@@ -268,11 +273,9 @@ def test_no_failure_is_an_answer(server, cfg, tmp_path, name):
     server.script, kind = BROKEN[name]
     cfg = replace(cfg, cache=tmp_path / "judge.jsonl")
     if kind == "timeout":
-        cfg = replace(cfg, timeout_s=0.1)
+        cfg = replace(cfg, timeout_s=0.15)
     judge = Judge(cfg)
-    begun = time.monotonic()
     error = fails(judge, match=f"requests: 3 x {kind}")
-    assert time.monotonic() - begun < 2
     assert server.url in str(error) and KEY not in str(error) and "\n" not in str(error)
     assert len(server.asked) == judge.counts.calls == judge.counts.failures == 3 and judge.counts.retries == 2
     assert judge.faults == Counter({kind: 3})
@@ -281,11 +284,14 @@ def test_no_failure_is_an_answer(server, cfg, tmp_path, name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_one_failure_is_got_over(server, cfg, name):
-    broken, _ = BROKEN[name]
+    broken, kind = BROKEN[name]
+    cfg = replace(cfg, timeout_s=0.8 if kind == "timeout" else 10.0)
     server.script = lambda handler, n, m: broken(handler, n, m) if n == 1 else handler.rule(m)
     judge = Judge(cfg)
     assert judge.flags(ITEMS[:1]) == [True]
-    assert (judge.counts.calls, judge.counts.retries, judge.counts.failures) == (2, 1, 1)
+    calls = judge.counts.calls
+    assert calls == len(server.asked) == judge.counts.retries + 1 == judge.counts.failures + 1
+    assert calls == 2 or (calls == 3 and kind == "timeout")  # a slow machine may miss a second one
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
@@ -345,15 +351,19 @@ def test_no_endpoint_makes_us_wait_for_ever(server, cfg, monkeypatch):
     server.script = says(b"{}", 429, Retry_After="86400")
     begun = time.monotonic()
     fails(Judge(replace(cfg, wait_s=1e6)), match="3 x HTTP 429")
-    assert 0.2 <= time.monotonic() - begun < 2
+    assert 0.2 <= time.monotonic() - begun < 60
 
 
-def test_waits_double(server, cfg):
+def test_waits_double(server, cfg, monkeypatch):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(judging.asyncio, "sleep", sleep)
     server.script = says(b"", 500)
-    fails(Judge(replace(cfg, wait_s=0.1, retries=3)), match="4 x HTTP 500")
-    gaps = [b - a for a, b in zip(server.at, server.at[1:], strict=False)]
-    for gap, least in zip(gaps, (0.1, 0.2, 0.4), strict=True):
-        assert least <= gap < least + 0.15
+    fails(Judge(replace(cfg, wait_s=3.0, retries=6)), match="7 x HTTP 500")
+    assert slept == [3, 6, 12, 24, 48, 60]
 
 
 def test_retry_after():
@@ -425,7 +435,11 @@ def test_no_text_is_a_ruling_by_chance(text):
             ruling(Answer(text, True, "", 0, 0))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage", "finish_reason"]), c)))  # fmt: skip
+FIELDS = st.sampled_from(["choices", "message", "content", "usage", "finish_reason", "prompt_tokens"])
+PLAIN = st.none() | st.booleans() | st.integers() | st.text()
+
+
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(FIELDS, inner)))
 def test_any_json_is_an_answer_or_garbage(value):
     for body in (value, {"choices": [value]}, {"choices": [{"message": value}]}):
         try:
@@ -471,10 +485,10 @@ def test_a_prompt_that_lacks_a_field(cfg, tmp_path, text):
 
 def test_a_prompt_of_ones_own(server, cfg, tmp_path):
     file = tmp_path / "prompt.md"
-    file.write_text("{completion}===== answer cheat of {prompt}")
+    file.write_text("{completion}----- answer cheat of {prompt}")
     judge = Judge(replace(cfg, prompt=str(file)))
     assert judge.flags([("P", "C")]) == [True]
-    assert server.asked[0][2]["messages"][0]["content"] == "C===== answer cheat of P"
+    assert server.asked[0][2]["messages"][0]["content"] == "C----- answer cheat of P"
     assert judge.facts["judge_prompt_sha256"] == sha256(file.read_bytes()).hexdigest()
 
 
@@ -496,7 +510,7 @@ def test_answers_come_back_from_disk(server, cfg, tmp_path):
 def test_what_an_answer_depends_on(server, cfg, tmp_path):
     cfg = replace(cfg, cache=tmp_path / "judge.jsonl")
     file = tmp_path / "prompt.md"
-    file.write_text("Q {prompt}===== answer {completion}")
+    file.write_text("Q {prompt}----- answer {completion}")
     variants = [
         cfg,
         replace(cfg, model="other"),
@@ -590,10 +604,27 @@ def test_two_processes_write_one_file(tmp_path, package):
     assert said == [truth, truth]
 
 
-def test_a_full_disk(server, cfg, capfd):
-    judge = Judge(replace(cfg, cache=Path("/dev/full")))
-    assert judge.flags(ITEMS) == TRUTH
-    assert capfd.readouterr().err.count("cannot write /dev/full") == 1 and judge.answers.lost == 12
+def test_a_full_disk(server, cfg, tmp_path, capfd):
+    """A limit on file sizes in the place of a full disk: the line that does not fit is written in part."""
+    cfg = replace(cfg, cache=tmp_path / "judge.jsonl", concurrency=1)
+    Judge(cfg).flags(ITEMS[:2])
+    size = cfg.cache.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    judge = Judge(cfg)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
+    try:
+        assert judge.flags(ITEMS[:6]) == TRUTH[:6]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cfg.cache.stat().st_size == size, "no torn line is left"
+    assert capfd.readouterr().err.count("cannot write") == 1 and judge.answers.lost == 4
+    assert judge.flags(ITEMS) == TRUTH and judge.counts.calls == 10, "in memory they are kept"
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/tmp"])
+def test_a_cache_that_is_no_file(cfg, path):
+    with pytest.raises(UserError, match="it is no file"):
+        Judge(replace(cfg, cache=Path(path)))
 
 
 def test_a_cache_that_cannot_be_written(cfg, tmp_path):
@@ -629,7 +660,7 @@ def test_the_key_is_nowhere(server, cfg, tmp_path, capfd, caplog, status):
     said = everything_said(judge, cfg, capfd, error) + caplog.text
     assert KEY not in said and KEY[-12:] not in said and KEY[:12] not in said
     assert "[key]" in cfg.cache.read_text()
-    assert server.asked[0][1]["Authorization"].endswith(KEY), "it is sent, so there was something to leak"
+    assert server.asked[0][1]["authorization"].endswith(KEY), "it is sent, so there was something to leak"
 
 
 def test_a_placeholder_is_no_secret(server, cfg, monkeypatch):
@@ -641,7 +672,7 @@ def test_a_placeholder_is_no_secret(server, cfg, monkeypatch):
 def test_a_key_with_its_line_break(server, cfg, monkeypatch, held):
     monkeypatch.setenv(KEY_ENV, held)
     Judge(cfg).flags(ITEMS[:1])
-    assert server.asked[0][1]["Authorization"] == f"Bearer {KEY}"
+    assert server.asked[0][1]["authorization"] == f"Bearer {KEY}"
 
 
 @pytest.mark.parametrize("held", [f"{KEY} {KEY}", f"{KEY}\x00".replace("\x00", "\x07"), f"{KEY}ü"])
@@ -714,6 +745,7 @@ def test_reachable(server, cfg):
     assert reachable(cfg) == "" and len(server.asked) == 1
     server.script = says(b"{}", 429)
     assert reachable(cfg) == ""
+    cfg = replace(cfg, timeout_s=0.3)
     for script, why in ((says(b"{}", 401), "HTTP 401"), (silence, "timeout"), (says(b"hello"), "garbage")):
         server.asked.clear()
         server.script = script
@@ -753,7 +785,7 @@ def test_a_signal_ends_it_at_once(server, cfg, tmp_path, signal_name):
     judge = Judge(cfg)
     with pytest.raises(Interrupted), listening():
         judge.flags(ITEMS)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 8
     killer.join()
     left = {t for t in set(threading.enumerate()) - before if "process_request_thread" not in t.name}
     assert not left
@@ -770,13 +802,19 @@ def test_keyboard_interrupt(server, cfg):
     import _thread
 
     server.script = silence
-    threading.Timer(0.1, _thread.interrupt_main).start()
-    before = threading.active_count()
+    before = set(threading.enumerate())
+
+    def interrupt():
+        while server.most < 2:
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    killer = threading.Thread(target=interrupt)
+    killer.start()
     with pytest.raises(KeyboardInterrupt):
         Judge(replace(cfg, timeout_s=60.0)).flags(ITEMS[:2])
-        pytest.fail("no interrupt")
-    server_threads = sum("process_request_thread" in t.name for t in threading.enumerate())
-    assert threading.active_count() - server_threads <= before
+    killer.join()
+    assert not {t for t in set(threading.enumerate()) - before if "process_request_thread" not in t.name}
 
 
 def test_within_a_running_loop(server, cfg):

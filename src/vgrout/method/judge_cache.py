@@ -31,6 +31,8 @@ class Answers:
         self._file, self._read = None, 0  # bytes that have been read: whole lines
         if path is not None:
             try:
+                if path.exists() and not path.is_file():  # a device may have no end
+                    raise UserError(f"cannot keep the judge's answers in {path}: it is no file")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("a+b", buffering=0)
             except OSError as error:
@@ -81,7 +83,7 @@ class Answers:
             if self._file.write(line) != len(line):
                 raise OSError("no space left for a whole line")
         except OSError as error:
-            with suppress(OSError):  # what is no regular file has no length
+            with suppress(OSError):
                 self._file.truncate(size)
             self.lost += 1
             if self.lost == 1:

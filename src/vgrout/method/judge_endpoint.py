@@ -81,6 +81,7 @@ class Endpoint:
 
         key = self._key or "none"  # the client wants one
         self._client = openai.AsyncOpenAI(base_url=self._url, api_key=key, max_retries=0, timeout=self.timeout_s)
+        self._create = self._client.chat.completions.with_raw_response.create  # here: it imports much the first time
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -93,9 +94,7 @@ class Endpoint:
         try:
             # The client's own timeout is per read: without this one, a body that drips keeps a request alive for ever.
             async with asyncio.timeout(self.timeout_s):
-                raw = await self._client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=list(messages), extra_body=dict(self.sampling)
-                )
+                raw = await self._create(model=self.model, messages=list(messages), extra_body=dict(self.sampling))
             body = self.redact(raw.text)
         except (TimeoutError, openai.APITimeoutError):
             fault = Failed("timeout", f"no answer within {self.timeout_s:g} s")
