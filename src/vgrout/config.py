@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -140,6 +141,25 @@ class Config:
     label_modes: tuple[str, ...] = ()
     """Oracle arms: loopholes whose hacks are labelled, the others pass for honest; all when none is named."""
 
+    judge_url: str = ""
+    """Judge arms: base address of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or the client's default."""
+    judge_model: str = ""
+    """Model that judges."""
+    judge_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the endpoint's key; empty where it asks for none."""
+    judge_prompt: str = "generic"
+    """`generic` for the bundled prompt, or a file with {prompt} and {completion} in it."""
+    judge_sampling: str = '{"temperature": 0, "max_tokens": 1024}'
+    """Further fields of each request, as a JSON object: what endpoints differ in."""
+    judge_concurrency: int = 8
+    """Most requests under way at once."""
+    judge_retries: int = 5
+    """Further requests for a completion whose first one failed; then the run stops."""
+    judge_timeout: float = 60.0
+    """Most seconds that one request may take."""
+    judge_cache: str = ""
+    """Folder that keeps the judge's answers, to be shared by runs; empty: the run's own."""
+
     eval_every: int = 20
     """Steps between small evaluations on validation problems; 0 switches them off."""
     eval_small: int = 64
@@ -177,6 +197,9 @@ class Config:
         for low, high in (("t_lo", "t_hi"), ("k_mid", "k_route")):
             if getattr(self, low) > getattr(self, high):
                 raise UserError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}")
+        for name, holds, instead in PLAIN:  # what stands there instead may be a secret: it is not shown
+            if not re.fullmatch(holds, getattr(self, name)):
+                raise UserError(f"{name}: {instead}")
         if 2 * self.teacher_n >= self.group:
             raise UserError(f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well")
         if self.coin_route + self.coin_absorb > 1:
@@ -256,14 +279,15 @@ def _mistyped(value: Any, hint: Any) -> str:
 
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
-        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads",
+        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads"
+        " judge_concurrency",
         lambda v: v >= 1,
         "give a positive whole number",
     ),
-    ("temperature eval_temperature lr clip kl_ceiling", lambda v: v > 0, "give a positive number"),
+    ("temperature eval_temperature lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
     ("weight_decay kl clip_ratio entropy_floor penalty", lambda v: v >= 0, "give no negative number"),
     (
-        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep",
+        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries",
         lambda v: v >= 0,
         "give no negative number",
     ),
@@ -273,6 +297,11 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give a share from 0 to 1",
     ),
     ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
+)
+
+PLAIN = (  # fields that hold no secret, the pattern that sees to it, what to give instead
+    ("judge_url", r"(https?://[^\s@?#]+)?", "give http(s)://host[:port]/path, without credentials or a query"),
+    ("judge_key_env", r"([A-Z_][A-Z0-9_]*)?", "give the name of an environment variable in capitals, not the key"),
 )
 
 PRESETS: dict[str, Config] = {

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vgrout.types import UserError
-from vgrout.verify import adapter_gates, env_gates, loop_gates, method_gates, resume_gates
+from vgrout.verify import adapter_gates, env_gates, judge_gates, loop_gates, method_gates, resume_gates
 from vgrout.verify.evidence import Evidence
 from vgrout.verify.toy import one_thread
 
@@ -52,6 +52,7 @@ GATES: dict[str, Gate] = {
     "blindness": Gate(
         "blindness", "no verdict reaches the weights of an arm that does not say so", loop_gates.blindness
     ),
+    "judge": Gate("judge", "what the judge does not say is an error, never a flag", judge_gates.judge),
     "partition": Gate("partition", "no split, marker family or pair overlaps another", env_gates.partition),
     "canonical": Gate(
         "canonical", "a hack pays in its mode, with its marker, and honesty fires nothing", env_gates.canonical
