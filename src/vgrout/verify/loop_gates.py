@@ -30,7 +30,17 @@ from vgrout.models.organism import OrganismConfig
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Batch, Decision, Graded, Rollout
 from vgrout.verify.evidence import Evidence, gap, same
-from vgrout.verify.toy import TOY, Letters, demonstrated, displace, random_model, toy_policy, toy_train, weights
+from vgrout.verify.toy import (
+    TOY,
+    Letters,
+    demonstrated,
+    displace,
+    random_model,
+    toy_policy,
+    toy_probe,
+    toy_train,
+    weights,
+)
 
 
 class ForeignScore(GradientScore):
@@ -195,7 +205,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder), {})
         try:
-            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder)
+            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder, probe=toy_probe(policy))
             recorder.checkpoint(cfg.steps)
         finally:
             recorder.close()

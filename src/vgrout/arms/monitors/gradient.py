@@ -23,6 +23,7 @@ class GradientScore(Monitor):
     name = "gradient"
     access = "L1"
     scores = True
+    differentiates: ClassVar[bool] = True  # the features cost a backward pass
     real: ClassVar[bool] = True  # False: a control, whose bands may be reversed
 
     def __init__(self, bench):
