@@ -93,7 +93,7 @@ def best_cut(score: Sequence[float], hack: Sequence[bool], beta: float) -> float
     cuts = (order[:-1] + order[1:]) / 2
     if not len(cuts):
         raise UserError("the probe gives every program the same score: nothing can be told apart")
-    return float(max(cuts, key=lambda cut: f_beta(np.asarray(score) > cut, hack, beta) or 0.0))
+    return float(max(cuts, key=lambda cut: f_beta([s > cut for s in score], hack, beta) or 0.0))
 
 
 def split(data: Labelled) -> tuple[Labelled, Labelled]:
