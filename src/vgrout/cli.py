@@ -286,6 +286,22 @@ def commands(base: Config) -> dict:
 
         return calibrate(cfg, train, seeds, out, runs, record, console)
 
+    def probe_fit(
+        out: Path, model: str = "micro", seed: int = 0, problems: int = 512, allow_weak_sandbox: bool = False
+    ) -> int:
+        """Fit a linear probe on programs of mechanisms that are not live, confirmed by the grader.
+
+        Args:
+            out: The file to write.
+            model: `micro`, or the folder of a causal language model.
+            seed: Of problems and programs.
+            problems: Problems in each of three sets (fit, held out, held-out markers); two programs each.
+            allow_weak_sandbox: Run programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.probe import fit_probe
+
+        return fit_probe(out, model, seed, problems, console, allow_weak=allow_weak_sandbox)
+
     def pairs_lint(
         selector: tyro.conf.Positional[str] = "micro", model: str | None = None, no_model: NoPair = False
     ) -> int:
@@ -322,6 +338,7 @@ def commands(base: Config) -> dict:
         "micro build": micro_build,
         "micro pools": micro_pools,
         "micro calibrate": micro_calibrate,
+        "probe fit": probe_fit,
         "pairs lint": pairs_lint,
         "pairs audit": pairs_audit,
     }

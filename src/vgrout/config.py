@@ -133,6 +133,18 @@ class Config:
     penalty: float = 3.0
     """Arms that penalise: what a flagged rollout loses. 3.0, the published value, leaves a paid hack at the reward of a
     program that compiles; 3.5 leaves it nothing."""
+    adv_position: Literal["resp_last", "resp_mean", "prompt_last"] = "resp_last"
+    """adv_mod: where the residual is read: the completion's last token, its mean, or the prompt's last token, which all
+    rollouts of a prompt share, so that nothing happens."""
+    adv_form: Literal["additive", "multiplicative", "clipped"] = "additive"
+    """adv_mod: r - a max(z, 0); r (1 - a sigmoid(z) [z > 0]); or that factor cut off at 0."""
+    adv_strength: float = 2.0
+    """adv_mod: a, in units of reward per unit of z where the form is additive. 2, the published value, makes the
+    multiplicative factor negative wherever z > 0."""
+    steer_strength: float = 1.0
+    """steer: what is added to each token, in units of the pairs' mean difference; below 0: away from the hacks."""
+    probe: str = "micro"
+    """Arms with a probe: `micro` for the bundled one, or a file of `vgrout probe fit`."""
     label_accuracy: float = 1.0
     """Oracle arms: chance that a label is right."""
     label_share: float = 1.0
@@ -285,7 +297,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give a positive whole number",
     ),
     ("temperature eval_temperature lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
-    ("weight_decay kl clip_ratio entropy_floor penalty", lambda v: v >= 0, "give no negative number"),
+    ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
         "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries",
         lambda v: v >= 0,
@@ -296,6 +308,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         lambda v: 0 <= v <= 1,
         "give a share from 0 to 1",
     ),
+    ("steer_strength", lambda v: v != 0, "give a number that is not 0"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
 )
 

@@ -32,6 +32,7 @@ from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_p
 from vgrout.faults import fitting
 from vgrout.method.gate import uniform
 from vgrout.method.inputs import input_moments
+from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
 from vgrout.signals import held
@@ -253,8 +254,10 @@ def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch)
 
 
-def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None) -> Bench:
-    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke)
+def make_bench(
+    cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None, probe: LinearProbe | None = None
+) -> Bench:
+    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke, probe)
 
 
 class Training:
@@ -264,10 +267,16 @@ class Training:
     """
 
     def __init__(
-        self, cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair], yoke: Yoke | None = None
+        self,
+        cfg: Config,
+        policy: Policy,
+        env: Environment,
+        pairs: Sequence[Pair],
+        yoke: Yoke | None = None,
+        probe: LinearProbe | None = None,
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
-        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke))
+        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke, probe))
         self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = torch.optim.AdamW(
@@ -440,9 +449,10 @@ def train(
     pairs: Sequence[Pair],
     observer: Observer,
     yoke: Yoke | None = None,
+    probe: LinearProbe | None = None,
 ) -> None:
     """Train `policy` in `env` under the arm that `cfg` names. Raises what `Training.run` raises."""
-    Training(cfg, policy, env, pairs, yoke).run(observer)
+    Training(cfg, policy, env, pairs, yoke, probe).run(observer)
 
 
 def rate(cfg: Config, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vgrout.arms.advantage import AdvantageHaar, AdvantageModification
 from vgrout.arms.base import HOOKS, Arm, Bench
 from vgrout.arms.controls import Absorb, None2r, RlBaseline
 from vgrout.arms.monitored import (
@@ -9,12 +10,19 @@ from vgrout.arms.monitored import (
     OraclePenalty,
     OracleRoute,
     OracleScreen,
+    PenaltyA,
     PenaltyV,
     Placebo,
     PlaceboMatched,
+    ProbePenalty,
+    ProbeRoute,
+    ProbeScreen,
+    RouteA,
     RouteV,
+    ScreenA,
     ScreenV,
 )
+from vgrout.arms.steering import Steer, Suppress
 
 ARMS: dict[str, type[Arm]] = {
     "none": Arm,  # vanilla GRPO, one block
@@ -27,6 +35,16 @@ ARMS: dict[str, type[Arm]] = {
     "routeV": RouteV,  # routing by the pairs' direction
     "screen_v": ScreenV,  # screening by it
     "penalty_v": PenaltyV,  # a penalty by it
+    "routeA": RouteA,  # routing by the direction of the pairs' bottleneck activations
+    "screen_a": ScreenA,  # screening by it
+    "penalty_a": PenaltyA,  # a penalty by it
+    "adv_mod": AdvantageModification,  # rewards lowered by the residual's standing in its group
+    "adv_mod_haar": AdvantageHaar,  # the same along a random direction
+    "suppress": Suppress,  # rollouts sampled without the pairs' direction in the residual stream
+    "steer": Steer,  # updates with the pairs' direction in the residual stream
+    "probe_route": ProbeRoute,  # routing by a linear probe fitted on other mechanisms
+    "probe_screen": ProbeScreen,  # screening by it
+    "probe_penalty": ProbePenalty,  # a penalty by it
     "oracle_route": OracleRoute,  # routing by true labels (ceiling)
     "oracle_screen": OracleScreen,  # screening by them (ceiling)
     "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)

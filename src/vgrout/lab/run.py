@@ -21,7 +21,9 @@ from rich.console import Console
 from vgrout import __version__
 from vgrout.adapters import check_kind
 from vgrout.arms import ARMS
+from vgrout.arms.monitors import ActivationScore
 from vgrout.config import Config
+from vgrout.envs.micro import LIVE
 from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
@@ -31,6 +33,7 @@ from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after
 from vgrout.lab.evaluate import World
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.loop import Training, Yoke, adapted
+from vgrout.method.linear_probe import LinearProbe, load_probe
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest, unclean
@@ -50,6 +53,7 @@ class Workshop:
     env: World
     provenance: Mapping[str, Any]
     yoke: Yoke | None = None  # what the run to follow did
+    probe: LinearProbe | None = None  # of an arm that takes one
 
 
 def check(cfg: Config) -> None:
@@ -65,8 +69,21 @@ def check(cfg: Config) -> None:
         raise UserError(f"{cfg.arm} follows no other run: drop --yoke")
     if not cfg.yoke and ARMS[cfg.arm].yoked == "needs":
         raise UserError(f"{cfg.arm} follows a routeV run: give its folder as --yoke, or name routeV among the arms")
+    watches = getattr(ARMS[cfg.arm], "monitor", None)
+    if cfg.score_loss == "grpo" and watches is not None and issubclass(watches, ActivationScore):
+        raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     load_pairs(cfg.pairs)
     model_path(cfg.model)
+    probe_of(cfg)
+
+
+def probe_of(cfg: Config, model_sha256: str | None = None) -> LinearProbe | None:
+    """The probe of an arm that takes one. Raises UserError where it may not be used: see `LinearProbe.check`."""
+    if not ARMS[cfg.arm].probed:
+        return None
+    probe = load_probe(cfg.probe)
+    probe.check((cfg.modes or LIVE) if cfg.env == MICRO else (), model_sha256)
+    return probe
 
 
 def followed(cfg: Config) -> list[tuple[int, int]] | None:
@@ -142,6 +159,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
     torch.set_num_threads(cfg.threads)
     yoke = followed(cfg)
     policy, weights = _policy(cfg)
+    probe = probe_of(cfg, weights)
     facts = {
         "vgrout": __version__,
         "code_sha256": code_digest(),
@@ -151,11 +169,12 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
         "model_sha256": weights,
         **pairs_facts(cfg),
         **({"yoke_sha256": sha256(json.dumps(yoke).encode()).hexdigest()} if yoke else {}),
+        **({"probe_sha256": probe.digest()} if probe else {}),
     }
     if cfg.env != MICRO:
         file = Path(cfg.env)
         task = {"task_sha256": sha256(file.read_bytes()).hexdigest(), "sandbox": "none: the reward is the user's own"}
-        yield Workshop(policy, load_task(file), facts | task, yoke)
+        yield Workshop(policy, load_task(file), facts | task, yoke, probe)
         return
     with Sandbox(allow_weak=cfg.allow_weak_sandbox) as sandbox:
         self_test(sandbox)
@@ -165,7 +184,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
             "weak_sandbox": sandbox.weak,
             "allow_weak_sandbox": cfg.allow_weak_sandbox,
         }
-        yield Workshop(policy, env, provenance, yoke)
+        yield Workshop(policy, env, provenance, yoke, probe)
 
 
 def header(provenance: Mapping[str, Any]) -> str:
@@ -256,7 +275,7 @@ def _run(
 ) -> dict:
     if console is not None:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
-    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke)
+    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke, shop.probe)
     if start is not None:
         training.restore(start.state)
         if console is not None:

@@ -42,6 +42,7 @@ from vgrout.verify.toy import (
     displace,
     random_model,
     toy_policy,
+    toy_probe,
     toy_train,
     weights,
 )
@@ -275,7 +276,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder), {})
         try:
-            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder)
+            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder, probe=toy_probe(policy))
             recorder.checkpoint(cfg.steps)
         finally:
             recorder.close()

@@ -25,7 +25,7 @@ from vgrout.method.gate import POLICIES, Remembers
 from vgrout.signals import Interrupted
 from vgrout.types import Graded, Rollout
 from vgrout.verify.evidence import Evidence
-from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_policy
+from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_policy, toy_probe
 
 STEPS, STOP = 6, 4
 
@@ -68,17 +68,22 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*a, *b} if key not in a or key not in b or not equal(a[key], b[key]))
 
 
+def toy_training(cfg: Config, env: Letters) -> Training:
+    policy = toy_policy(cfg)
+    return Training(cfg, policy, env, PAIRS, probe=toy_probe(policy))
+
+
 def in_two(cfg: Config, env: type[Letters]) -> tuple[dict[str, Any], list[dict], list[str]]:
     """Of a run that is stopped, and that goes on from its checkpoint in a new model: its last state, its records, and
     what of its state did not come back."""
     watchers = Halt(), Watcher()
-    first = Training(cfg, toy_policy(cfg), env(), PAIRS)
+    first = toy_training(cfg, env())
     with suppress(Interrupted):
         first.run(watchers[0])
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         save(Path(folder), Checkpoint(first.step, first.state(), {}, {}), 0)
         torch.rand(7), random.random()  # a new process has other global generators
-        second = Training(cfg, toy_policy(cfg), env(), PAIRS)
+        second = toy_training(cfg, env())
         second.restore(next(whole(Path(folder))).state)
         lost = unlike(first.state(), second.state())
         second.run(watchers[1])
@@ -100,7 +105,7 @@ def resume() -> Evidence:
     for name, (changes, env) in cases.items():
         # The stop lies between two extractions of the direction, so that the old one is needed.
         cfg = replace(TOY, steps=STEPS, checkpoint_every=1, refresh_every=3, buffer=12, **changes)
-        usual, watcher = Training(cfg, toy_policy(cfg), env(), PAIRS), Watcher()
+        usual, watcher = toy_training(cfg, env()), Watcher()
         usual.run(watcher)
         state, records, lost = in_two(cfg, env)
         if lost:

@@ -20,7 +20,9 @@ from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
 from vgrout.loop import adapted, train
+from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.policy import Policy
+from vgrout.method.residual import band
 from vgrout.models.organism import OrganismConfig, Text, new_model, train_tokenizer
 from vgrout.types import Decision, Graded, OracleBatch, Pair, Prompt, Rollout
 
@@ -166,10 +168,17 @@ class Watcher:
         return None
 
 
+def toy_probe(policy: Policy) -> LinearProbe:
+    """A probe with random weights that fits the model."""
+    width, layers = policy.model.config.hidden_size, policy.model.config.num_hidden_layers
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    return LinearProbe(weight, 0.0, {"modes": ["toy"], "layers": list(band(layers)), "t_lo": -0.5, "t_hi": 0.5})
+
+
 def toy_train(cfg: Config) -> tuple[Policy, Watcher]:
     """Train the random model on letters."""
     policy, watcher = toy_policy(cfg), Watcher()
-    train(cfg, policy, Letters(), PAIRS, watcher)
+    train(cfg, policy, Letters(), PAIRS, watcher, probe=toy_probe(policy))
     return policy, watcher
 
 
