@@ -16,8 +16,9 @@ from vgrout.cli import DEFAULT_ARMS
 from vgrout.config import Config, preset
 from vgrout.lab import decide as decide_module
 from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
+from vgrout.lab.given import followed
 from vgrout.lab.record import MARK, claim_folder, read_jsonl
-from vgrout.lab.run import check, followed
+from vgrout.lab.run import check
 from vgrout.models.load import model_path
 from vgrout.signals import Interrupted, listening
 from vgrout.types import UserError

@@ -25,14 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vgrout.adapters import attach
 from vgrout.adapters.base import BLOCKS
 from vgrout.adapters.inits import INITS
-from vgrout.arms import ARMS, Bench
-from vgrout.arms.base import part
+from vgrout.arms import ARMS, Bench, Given
+from vgrout.arms.base import EMPTY, part
 from vgrout.config import Config, stream
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
 from vgrout.faults import fitting
 from vgrout.method.gate import uniform
 from vgrout.method.inputs import input_moments
-from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
 from vgrout.signals import held
@@ -49,8 +48,6 @@ from vgrout.types import (
     RunFailed,
     UserError,
 )
-
-Yoke = Sequence[tuple[int, int]]  # rollouts (routed, absorbed) in each step of another run
 
 SKIPS = 5  # steps in a row that may move nothing
 WINDOW = 10  # steps that a guard averages over
@@ -158,6 +155,7 @@ def collate(rollouts: Sequence[Rollout], rewards: Sequence[float], pad: int) -> 
         reward=torch.tensor(rewards, dtype=torch.float32),
         teacher=torch.tensor([r.source == "teacher" for r in rollouts]),
         logp_old=logp_old,
+        texts=tuple((r.prompt.read, r.text) for r in rollouts),
     )
 
 
@@ -254,10 +252,8 @@ def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch)
 
 
-def make_bench(
-    cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None, probe: LinearProbe | None = None
-) -> Bench:
-    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke, probe)
+def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], given: Given) -> Bench:
+    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), given)
 
 
 class Training:
@@ -272,11 +268,10 @@ class Training:
         policy: Policy,
         env: Environment,
         pairs: Sequence[Pair],
-        yoke: Yoke | None = None,
-        probe: LinearProbe | None = None,
+        given: Given = EMPTY,
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
-        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke, probe))
+        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, given))
         self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = torch.optim.AdamW(
@@ -448,11 +443,10 @@ def train(
     env: Environment,
     pairs: Sequence[Pair],
     observer: Observer,
-    yoke: Yoke | None = None,
-    probe: LinearProbe | None = None,
+    given: Given = EMPTY,
 ) -> None:
     """Train `policy` in `env` under the arm that `cfg` names. Raises what `Training.run` raises."""
-    Training(cfg, policy, env, pairs, yoke, probe).run(observer)
+    Training(cfg, policy, env, pairs, given).run(observer)
 
 
 def rate(cfg: Config, step: int) -> float:

@@ -75,6 +75,11 @@ class Prompt:
     marker: str = ""  # the marker that the hint names (empty when hint-free)
     hinted: bool = True
 
+    @property
+    def read(self) -> str:
+        """The whole text that the policy reads, but for the chat template."""
+        return f"{self.system}\n\n{self.user}" if self.system else self.user
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -119,6 +124,7 @@ class Batch:
     reward: Float[Tensor, N]
     teacher: Bool[Tensor, N]
     logp_old: Float[Tensor, "N L"]  # 0 outside completions and for teacher rows
+    texts: tuple[tuple[str, str], ...]  # prompt and completion, for who reads words
 
     @property
     def n(self) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from vgrout.arms.advantage import AdvantageHaar, AdvantageModification
-from vgrout.arms.base import HOOKS, Arm, Bench
+from vgrout.arms.base import HOOKS, Arm, Bench, Given
 from vgrout.arms.controls import Absorb, None2r, RlBaseline
 from vgrout.arms.monitored import (
     CoinFlip,
+    JudgePenalty,
+    JudgeRoute,
+    JudgeScreen,
     OraclePenalty,
     OracleRoute,
     OracleScreen,
@@ -45,6 +48,9 @@ ARMS: dict[str, type[Arm]] = {
     "probe_route": ProbeRoute,  # routing by a linear probe fitted on other mechanisms
     "probe_screen": ProbeScreen,  # screening by it
     "probe_penalty": ProbePenalty,  # a penalty by it
+    "judge_route": JudgeRoute,  # routing by a generic language model
+    "judge_screen": JudgeScreen,  # screening by it
+    "judge_penalty": JudgePenalty,  # a penalty by it
     "oracle_route": OracleRoute,  # routing by true labels (ceiling)
     "oracle_screen": OracleScreen,  # screening by them (ceiling)
     "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)
@@ -56,4 +62,4 @@ def hooks(arm: type[Arm]) -> tuple[str, ...]:
     return tuple(name for name in HOOKS if getattr(arm, name) is not getattr(Arm, name))
 
 
-__all__ = ["ARMS", "Arm", "Bench"]
+__all__ = ["ARMS", "Arm", "Bench", "Given", "hooks"]

@@ -21,15 +21,28 @@ from torch import Tensor
 from vgrout.adapters.base import Adapter
 from vgrout.config import Config
 from vgrout.method.gate import uniform
+from vgrout.method.judge import Judge
 from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.loss import advantages, counted_rows
 from vgrout.method.policy import Policy, Rows
-from vgrout.types import Batch, Decision, OracleBatch, Prompt
+from vgrout.types import Batch, Decision, OracleBatch, Prompt, UserError
 
 
 def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries of a flat state whose keys start with `prefix`, which they lose."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What some arms are handed beside model and pairs, made elsewhere. An arm says what it `needs` or `takes`."""
+
+    yoke: Sequence[tuple[int, int]] | None = None  # rollouts (routed, absorbed) in each step of the run to follow
+    probe: LinearProbe | None = None
+    judge: Judge | None = None
+
+
+EMPTY = Given()
 
 
 @dataclass(frozen=True)
@@ -40,8 +53,7 @@ class Bench:
     policy: Policy
     hack: Rows  # the pairs' hack sides, prompts included
     clean: Rows  # their clean sides, in the same order
-    yoke: Sequence[tuple[int, int]] | None = None  # rollouts (routed, absorbed) in each step of the run to follow
-    probe: LinearProbe | None = None  # fitted elsewhere, for the arms that are `probed`
+    given: Given = EMPTY
 
 
 HOOKS = ("begin", "around", "render", "shape", "route", "credit", "edit")
@@ -60,12 +72,15 @@ class Arm:
     scores: ClassVar[bool] = False  # runs every rollout through the model once more, which takes time
     ablates: ClassVar[bool] = True  # the quarantine is ablated at deployment
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
-    yoked: ClassVar[Literal["", "takes", "needs"]] = ""  # follows the counts of a routeV run, where there is one
-    probed: ClassVar[bool] = False  # takes a linear probe
+    needs: ClassVar[tuple[str, ...]] = ()  # fields of `Given` without which there is no such arm
+    takes: ClassVar[tuple[str, ...]] = ()  # those that it uses where they are given
     baseline: ClassVar[str] = ""  # rows whose mean reward is subtracted, where the configuration does not decide it
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.cfg = bench, bench.cfg
+        for what in self.needs:
+            if getattr(bench.given, what) is None:
+                raise UserError(f"{self.name} was given no {what}")
 
     def begin(self) -> None:
         """Before the first step of a run; not when it goes on from a checkpoint."""

@@ -24,6 +24,7 @@ from vgrout.arms.monitors import (
     Labels,
     MatchedHaarScore,
     Monitor,
+    Opinion,
     Probe,
 )
 from vgrout.config import Config
@@ -57,7 +58,7 @@ class Monitored(Arm):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for fact in ("access", "reads_oracle", "scores", "probed"):
+        for fact in ("access", "reads_oracle", "scores", "needs"):
             setattr(cls, fact, getattr(cls.monitor, fact))
         cls.signal = cls.monitor.name
 
@@ -137,6 +138,26 @@ class ProbePenalty(Monitored):
     action = "penalise"
 
 
+class JudgeRoute(Monitored):
+    name = "judge_route"
+    claim = "routes what a generic language model calls a hack"
+    monitor = Opinion
+
+
+class JudgeScreen(Monitored):
+    name = "judge_screen"
+    claim = "leaves out what a generic language model calls a hack"
+    monitor = Opinion
+    action = "screen"
+
+
+class JudgePenalty(Monitored):
+    name = "judge_penalty"
+    claim = "takes a penalty off the reward of what a generic language model calls a hack"
+    monitor = Opinion
+    action = "penalise"
+
+
 class Placebo(Monitored):
     name = "placebo"
     claim = "routeV with a Haar-random direction, one draw per run"
@@ -147,14 +168,13 @@ class PlaceboMatched(Monitored):
     name = "placebo_matched"
     claim = "routes by a Haar-random direction, in each step as many rollouts as the paired routeV run"
     monitor = MatchedHaarScore
-    yoked = "needs"
 
 
 class CoinFlip(Monitored):
     name = "coin_flip"
     claim = "routes and absorbs at random: as many as the paired routeV run, or fixed shares where there is none"
     monitor = Coin
-    yoked = "takes"
+    takes = ("yoke",)
 
 
 class OracleRoute(Monitored):

@@ -91,7 +91,7 @@ def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int], out: Path
 
 def _yoked(job: Job, out: Path) -> Job:
     """The job, bound to the routeV run of its seed where it follows one."""
-    if not ARMS[job.arm].yoked:
+    if "yoke" not in (*ARMS[job.arm].needs, *ARMS[job.arm].takes):
         return job
     leader = f"{LEADER}-s{job.seed}"
     return replace(job, cfg=replace(job.cfg, yoke=str(out / leader)), after=leader)

@@ -20,10 +20,10 @@ from rich.console import Console
 
 from vgrout import __version__
 from vgrout.adapters import check_kind
-from vgrout.arms import ARMS
+from vgrout.arms import ARMS, Given
+from vgrout.arms.base import EMPTY
 from vgrout.arms.monitors import ActivationScore
 from vgrout.config import Config
-from vgrout.envs.micro import LIVE
 from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
@@ -31,9 +31,9 @@ from vgrout.envs.task import load_task
 from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
-from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer, read_jsonl
-from vgrout.loop import Training, Yoke, adapted
-from vgrout.method.linear_probe import LinearProbe, load_probe
+from vgrout.lab.given import check_given, make_given
+from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
+from vgrout.loop import Training, adapted
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest, unclean
@@ -52,8 +52,7 @@ class Workshop:
     policy: Policy
     env: World
     provenance: Mapping[str, Any]
-    yoke: Yoke | None = None  # what the run to follow did
-    probe: LinearProbe | None = None  # of an arm that takes one
+    given: Given = EMPTY
 
 
 def check(cfg: Config) -> None:
@@ -65,44 +64,12 @@ def check(cfg: Config) -> None:
         check_modes(cfg.modes)
     else:
         check_task(cfg)
-    if cfg.yoke and not ARMS[cfg.arm].yoked:
-        raise UserError(f"{cfg.arm} follows no other run: drop --yoke")
-    if not cfg.yoke and ARMS[cfg.arm].yoked == "needs":
-        raise UserError(f"{cfg.arm} follows a routeV run: give its folder as --yoke, or name routeV among the arms")
     watches = getattr(ARMS[cfg.arm], "monitor", None)
     if cfg.score_loss == "grpo" and watches is not None and issubclass(watches, ActivationScore):
         raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     load_pairs(cfg.pairs)
     model_path(cfg.model)
-    probe_of(cfg)
-
-
-def probe_of(cfg: Config, model_sha256: str | None = None) -> LinearProbe | None:
-    """The probe of an arm that takes one. Raises UserError where it may not be used: see `LinearProbe.check`."""
-    if not ARMS[cfg.arm].probed:
-        return None
-    probe = load_probe(cfg.probe)
-    probe.check((cfg.modes or LIVE) if cfg.env == MICRO else (), model_sha256)
-    return probe
-
-
-def followed(cfg: Config) -> list[tuple[int, int]] | None:
-    """Rollouts that the run of `yoke` routed and absorbed in each step; None where there is none to follow.
-
-    Raises UserError where that run is not there, not done, or of another size.
-    """
-    if not cfg.yoke:
-        return None
-    folder = Path(cfg.yoke)
-    leader = Config.read(folder / "config.json")
-    for name in ("steps", "prompts", "group"):
-        if getattr(leader, name) != getattr(cfg, name):
-            raise UserError(f"{folder} has {name} = {getattr(leader, name)}, this run has {getattr(cfg, name)}")
-    steps = read_jsonl(folder / "steps.jsonl")[: cfg.steps]
-    if len(steps) < cfg.steps:
-        raise UserError(f"{folder} has done {len(steps)} of {cfg.steps} steps: a run can follow it when it has all")
-    n = cfg.prompts * cfg.group
-    return [tuple(round((s[zone] or 0) * (n - s["unscored"])) for zone in ("route", "absorb")) for s in steps]
+    check_given(cfg)
 
 
 def check_task(cfg: Config) -> None:
@@ -157,9 +124,8 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
     SandboxError where the sandbox fails its self-test."""
     check(cfg)
     torch.set_num_threads(cfg.threads)
-    yoke = followed(cfg)
     policy, weights = _policy(cfg)
-    probe = probe_of(cfg, weights)
+    given, own = make_given(cfg, weights)
     facts = {
         "vgrout": __version__,
         "code_sha256": code_digest(),
@@ -168,13 +134,12 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
         "transformers": transformers.__version__,
         "model_sha256": weights,
         **pairs_facts(cfg),
-        **({"yoke_sha256": sha256(json.dumps(yoke).encode()).hexdigest()} if yoke else {}),
-        **({"probe_sha256": probe.digest()} if probe else {}),
+        **own,
     }
     if cfg.env != MICRO:
         file = Path(cfg.env)
         task = {"task_sha256": sha256(file.read_bytes()).hexdigest(), "sandbox": "none: the reward is the user's own"}
-        yield Workshop(policy, load_task(file), facts | task, yoke, probe)
+        yield Workshop(policy, load_task(file), facts | task, given)
         return
     with Sandbox(allow_weak=cfg.allow_weak_sandbox) as sandbox:
         self_test(sandbox)
@@ -184,7 +149,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
             "weak_sandbox": sandbox.weak,
             "allow_weak_sandbox": cfg.allow_weak_sandbox,
         }
-        yield Workshop(policy, env, provenance, yoke, probe)
+        yield Workshop(policy, env, provenance, given)
 
 
 def header(provenance: Mapping[str, Any]) -> str:
@@ -275,7 +240,20 @@ def _run(
 ) -> dict:
     if console is not None:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
-    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke, shop.probe)
+    with keeping(shop.given, cfg, out) as given:
+        return _train(cfg, out, shop, given, provenance, start, console)
+
+
+def _train(
+    cfg: Config,
+    out: Path,
+    shop: Workshop,
+    given: Given,
+    provenance: Mapping[str, Any],
+    start: Checkpoint | None,
+    console: Console | None,
+) -> dict:
+    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), given)
     if start is not None:
         training.restore(start.state)
         if console is not None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vgrout.method.judge import Judge, JudgeConfig, JudgeFailed
-from vgrout.method.judge_endpoint import Answer, Endpoint, Failed, read_answer
+from vgrout.method.judge_endpoint import Answer, Failed, read_answer
 from vgrout.verify.evidence import Evidence
+from vgrout.verify.toy import Played
 
 RETRIES = 2
 
@@ -37,24 +38,6 @@ REPLIES: dict[str, bool | None] = {  # body of an HTTP answer -> the flag; None:
     "": None,
 }
 FAULTS = (Failed("timeout"), Failed("connection"), Failed("HTTP 500"), Failed("HTTP 401", again=False))
-
-
-class Played(Endpoint):
-    """An endpoint that answers a question as `script` says."""
-
-    def __init__(self, script: Callable[[str], Answer]) -> None:
-        self.url, self.model, self.sampling = "http://played", "played", {}
-        self.script, self.requests = script, 0
-
-    async def __aenter__(self) -> Endpoint:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
-
-    async def send(self, messages) -> Answer:
-        self.requests += 1
-        return self.script(messages[0]["content"])
 
 
 def asked(script: Callable[[str], Answer], cache: Path | None = None, n: int = 1) -> tuple[list[bool] | None, int]:

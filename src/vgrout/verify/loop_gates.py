@@ -41,8 +41,8 @@ from vgrout.verify.toy import (
     demonstrated,
     displace,
     random_model,
+    toy_given,
     toy_policy,
-    toy_probe,
     toy_train,
     weights,
 )
@@ -276,7 +276,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder), {})
         try:
-            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder, probe=toy_probe(policy))
+            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder, toy_given(cfg, policy))
             recorder.checkpoint(cfg.steps)
         finally:
             recorder.close()

@@ -25,7 +25,7 @@ from vgrout.method.gate import POLICIES, Remembers
 from vgrout.signals import Interrupted
 from vgrout.types import Graded, Rollout
 from vgrout.verify.evidence import Evidence
-from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_policy, toy_probe
+from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_given, toy_policy
 
 STEPS, STOP = 6, 4
 
@@ -70,7 +70,7 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def toy_training(cfg: Config, env: Letters) -> Training:
     policy = toy_policy(cfg)
-    return Training(cfg, policy, env, PAIRS, probe=toy_probe(policy))
+    return Training(cfg, policy, env, PAIRS, toy_given(cfg, policy))
 
 
 def in_two(cfg: Config, env: type[Letters]) -> tuple[dict[str, Any], list[dict], list[str]]:

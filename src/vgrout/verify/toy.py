@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,10 +16,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from vgrout.adapters import ADAPTERS, Adapter
 from vgrout.adapters.inits import INITS
+from vgrout.arms import Given
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
 from vgrout.loop import adapted, train
+from vgrout.method.judge import Judge, JudgeConfig
+from vgrout.method.judge_endpoint import Answer, Endpoint
 from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.policy import Policy
 from vgrout.method.residual import band
@@ -175,10 +178,43 @@ def toy_probe(policy: Policy) -> LinearProbe:
     return LinearProbe(weight, 0.0, {"modes": ["toy"], "layers": list(band(layers)), "t_lo": -0.5, "t_hi": 0.5})
 
 
+class Played(Endpoint):
+    """An endpoint of a judge that answers a question as `script` says: no network, no client library."""
+
+    def __init__(self, script: Callable[[str], Answer]) -> None:
+        self.url, self.model, self.sampling = "http://played", "played", {}
+        self.script, self.requests = script, 0
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def send(self, messages) -> Answer:
+        self.requests += 1
+        return self.script(messages[0]["content"])
+
+
+def toy_judge() -> Judge:
+    """A judge with an opinion of its own on every text."""
+
+    def opinion(question: str) -> Answer:
+        says = random.Random(question).choice(("HACK", "HONEST"))
+        return Answer(f"VERDICT: {says}", True, "played", 0, 0)
+
+    return Judge(JudgeConfig(model="played"), Played(opinion))
+
+
+def toy_given(cfg: Config, policy: Policy) -> Given:
+    """Everything that an arm of the toy may need."""
+    return Given(yoke=[(1, 2)] * cfg.steps, probe=toy_probe(policy), judge=toy_judge())
+
+
 def toy_train(cfg: Config) -> tuple[Policy, Watcher]:
     """Train the random model on letters."""
     policy, watcher = toy_policy(cfg), Watcher()
-    train(cfg, policy, Letters(), PAIRS, watcher, probe=toy_probe(policy))
+    train(cfg, policy, Letters(), PAIRS, watcher, toy_given(cfg, policy))
     return policy, watcher
 
 

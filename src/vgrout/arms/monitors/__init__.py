@@ -7,6 +7,7 @@ from vgrout.arms.monitors.base import Monitor
 from vgrout.arms.monitors.chance import Coin
 from vgrout.arms.monitors.gradient import GradientScore, HaarScore, MatchedHaarScore
 from vgrout.arms.monitors.labels import Labels
+from vgrout.arms.monitors.opinion import Opinion
 from vgrout.arms.monitors.probe import Probe
 
 MONITORS: dict[str, type[Monitor]] = {
@@ -16,6 +17,7 @@ MONITORS: dict[str, type[Monitor]] = {
     "gradient": GradientScore,  # the rollout's gradient along the pairs' direction
     "activation": ActivationScore,  # the rollout's bottleneck activation along the pairs' direction
     "probe": Probe,  # a linear probe that was fitted on labels of other mechanisms
+    "judge": Opinion,  # a generic language model
     "labels": Labels,  # the oracle's labels, as noisy and as rare as one likes (ceiling)
 }
 
@@ -28,5 +30,6 @@ __all__ = [
     "Labels",
     "MatchedHaarScore",
     "Monitor",
+    "Opinion",
     "Probe",
 ]

@@ -20,7 +20,7 @@ class Monitor:
     access: ClassVar[str] = "L0"  # METHOD.md section 0
     reads_oracle: ClassVar[bool] = False
     scores: ClassVar[bool] = False  # runs every rollout through the model once more
-    probed: ClassVar[bool] = False  # takes a linear probe
+    needs: ClassVar[tuple[str, ...]] = ()  # see `Arm.needs`
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.cfg = bench, bench.cfg

@@ -20,8 +20,8 @@ class Coin(Monitor):
     def read(self, step, batch, oracle):
         generator = torch.Generator().manual_seed(stream(self.cfg.chance_seed, "coin", step))
         u, live = torch.rand(batch.n, generator=generator), torch.ones(batch.n, dtype=torch.bool)
-        if self.bench.yoke is not None:
-            drawn = ranked(-u, live, *self.bench.yoke[step])
+        if self.bench.given.yoke is not None:
+            drawn = ranked(-u, live, *self.bench.given.yoke[step])
         else:
             shares = (self.cfg.coin_route, self.cfg.coin_route + self.cfg.coin_absorb)
             drawn = decide(-u, live, -shares[1], -shares[0])

@@ -111,6 +111,7 @@ class MatchedHaarScore(HaarScore):
     routed in the same step, the next ones absorbed, as many as it absorbed."""
 
     name = "haar_matched"
+    needs = ("yoke",)
 
     def cut(self, step, score, live, g):
-        return ranked(score, live, *self.bench.yoke[step])
+        return ranked(score, live, *self.bench.given.yoke[step])

@@ -9,7 +9,6 @@ import torch
 from vgrout.arms.monitors.base import Monitor
 from vgrout.method.gate import decide
 from vgrout.method.policy import Rows
-from vgrout.types import UserError
 
 
 class Probe(Monitor):
@@ -18,16 +17,11 @@ class Probe(Monitor):
     name = "probe"
     access = "L3"
     scores = True
-    probed = True
-
-    def __init__(self, bench):
-        super().__init__(bench)
-        if bench.probe is None:
-            raise UserError("an arm with a probe was given none")
-        self.probe = bench.probe
+    needs = ("probe",)
 
     def read(self, step, batch, oracle):
+        probe = self.bench.given.probe
         rows = Rows(batch.tokens, batch.completion, batch.length)
-        score = self.probe.read(self.bench.policy, rows)
-        decision = decide(score, torch.ones(batch.n, dtype=torch.bool), *self.probe.cuts)
+        score = probe.read(self.bench.policy, rows)
+        decision = decide(score, torch.ones(batch.n, dtype=torch.bool), *probe.cuts)
         return replace(decision, note={"extra_forward": batch.n, "extra_backward": 0})
