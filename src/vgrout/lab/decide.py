@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
-from vgrout.lab.grid import named
+from vgrout.lab.given import absent
+from vgrout.lab.grid import SETS, named
 from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import print_wide
@@ -72,10 +73,19 @@ class Job:
         return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 
-def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Job]:
+def left_out(base: Config, arms: Sequence[str]) -> dict[str, str]:
+    """Of the arms that only a set names: those that cannot run here, and why."""
+    spoken = {v.label for v in named(name for name in arms if name not in SETS)}
+    why = {v.label: absent(v.config(base, 0)) for v in named(arms) if v.label not in spoken}
+    return {label: reason for label, reason in why.items() if reason}
+
+
+def make_jobs(
+    base: Config, arms: Sequence[str], seeds: Sequence[int], out: Path, without: Collection[str] = ()
+) -> list[Job]:
     """Arms x seeds, in `out`. Arms that follow a routeV run follow that of their seed. Raises UserError for anything
     unknown or doubled."""
-    chosen = named(arms)
+    chosen = [variant for variant in named(arms) if variant.label not in without]
     labels = [variant.label for variant in chosen]
     for what, given in (("arm", labels), ("seed", seeds)):
         if not given:
@@ -97,11 +107,14 @@ def _yoked(job: Job, out: Path) -> Job:
     return replace(job, cfg=replace(job.cfg, yoke=str(out / leader)), after=leader)
 
 
-def plan_table(jobs: Sequence[Job], workers: int) -> Table:
-    """Runs, minutes and disk of the experiment before it starts."""
-    table = Table(title=f"{len(jobs)} runs, {workers} at a time")
+def plan_table(jobs: Sequence[Job], workers: int, unable: Mapping[str, str] | None = None) -> Table:
+    """Runs, minutes and disk of the experiment before it starts; and which arms are `unable` to run, and why."""
+    table = Table(title=f"{len(jobs)} runs, {workers} at a time", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    widest = max(len(job.name) for job in jobs)
     for column in ("run", "access", "oracle", "steps", "rollouts", "about minutes", "about MB"):
-        table.add_column(column)
+        table.add_column(
+            column, min_width=widest if column == "run" else len(column), justify="left" if column == "run" else "right"
+        )
     minutes = megabytes = 0.0
     for job in jobs:
         arm, cfg, own = ARMS[job.arm], job.cfg, job.minutes
@@ -118,7 +131,9 @@ def plan_table(jobs: Sequence[Job], workers: int) -> Table:
             f"{own:.0f}",
             f"{size:.0f}",
         )
-    table.caption = f"about {minutes / workers:.0f} minutes and {megabytes:.0f} MB in all"
+    notes = [f"about {minutes / workers:.0f} minutes and {megabytes:.0f} MB in all"]
+    notes += [f"not run: {arm} ({why})" for arm, why in (unable or {}).items()]
+    table.caption = "\n".join(notes)
     return table
 
 
@@ -378,6 +393,7 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
         notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
     if drifted := result.get("drifted"):
         notes.append(f"Made with other code or data: {', '.join(drifted)}.")
+    notes += [f"Not run: {arm} ({why})." for arm, why in result.get("not_run", {}).items()]
     if result["not_finished"]:
         notes.append(f"Not finished: {', '.join(result['not_finished'])}.")
     return rows, " ".join(filter(None, notes))
@@ -446,9 +462,10 @@ def decide(
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: give a positive whole number")
-    jobs = make_jobs(base, arms, seeds, out)
+    unable = left_out(base, arms)
+    jobs = make_jobs(base, arms, seeds, out, unable)
     if plan:
-        console.print(plan_table(jobs, workers))
+        print_wide(plan_table(jobs, workers, unable), console)
         return 0
     goes_on = not force and os.path.isfile(out / PLAN)  # False, too, where it cannot be looked up
     if not goes_on:
@@ -465,9 +482,9 @@ def decide(
             replace_file(out / PLAN, json.dumps(whole, indent=2) + "\n")
         console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
         if left := [job for job in jobs if not finished(out / job.name)]:
-            console.print(plan_table(left, workers))
+            print_wide(plan_table(left, workers, unable), console)
         try:
-            return _decide(base, jobs, out, workers, provenance, console)
+            return _decide(base, jobs, unable, out, workers, provenance, console)
         except Interrupted as stop:
             done = sum(finished(out / job.name) for job in jobs)
             said = f"{stop}: {done} of {len(jobs)} runs are finished; the same command goes on"
@@ -493,12 +510,18 @@ def check_same(out: Path, here: Mapping[str, Any]) -> None:
 
 
 def _decide(
-    base: Config, jobs: Sequence[Job], out: Path, workers: int, provenance: Mapping[str, Any], console: Console
+    base: Config,
+    jobs: Sequence[Job],
+    unable: Mapping[str, str],
+    out: Path,
+    workers: int,
+    provenance: Mapping[str, Any],
+    console: Console,
 ) -> int:
     begun = time.monotonic()
     codes = run_jobs(jobs, out, workers, console, idle=lambda: base_evaluation(base, out, console))
     base_cells = base_evaluation(base, out, console)  # read again, or made where no worker was idle
-    result = decision(jobs, out, base, base_cells, provenance)
+    result = decision(jobs, out, base, base_cells, provenance) | ({"not_run": dict(unable)} if unable else {})
     (out / "decision.json").write_text(json.dumps(result, indent=1) + "\n")
     files = {job.name: out / job.name / "timing.json" for job in jobs if finished(out / job.name)}
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}

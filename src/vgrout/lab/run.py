@@ -31,7 +31,7 @@ from vgrout.envs.task import load_task
 from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
-from vgrout.lab.given import check_given, make_given
+from vgrout.lab.given import check_given, keeping, make_given
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
 from vgrout.loop import Training, adapted
 from vgrout.method.policy import Policy

@@ -1,0 +1,87 @@
+"""What `--arms` can name: sets, variants and their settings; arms that cannot run here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vgrout.arms import ARMS, Arm, hooks
+from vgrout.arms.monitored import ACTIONS, Monitored
+from vgrout.arms.monitors import MONITORS
+from vgrout.config import preset
+from vgrout.lab.decide import left_out, make_jobs, plan_table
+from vgrout.lab.grid import GRID, ROWS, SETS, arms_table, named
+from vgrout.lab.run import check
+from vgrout.types import UserError
+
+MICRO = preset("micro")
+LEVELS = {"L0", "L1", "L2", "L3", "L4", "env"}
+JUDGED = {"judge_model": "played"}  # names a judge, and asks nobody
+
+
+def test_sets_hold_every_arm_once():
+    assert [v.label for v in ROWS] == list(ARMS) and all(v.label == v.arm and not v.changes for v in ROWS)
+    labels = [v.label for v in SETS["all-variants"]]
+    assert len(set(labels)) == len(labels) > len(ARMS)
+    assert named(["routeV", "none_wide"])[1].arm == "none"
+    with pytest.raises(UserError, match="unknown arm 'nope'"):
+        named(["nope"])
+
+
+@pytest.mark.parametrize("variant", GRID, ids=lambda v: v.label)
+def test_a_variant_changes_what_it_says(variant):
+    base = replace(MICRO, seed=3)
+    cfg, plain = asdict(variant.config(base, 3)), asdict(replace(base, arm=variant.arm))
+    assert {k for k in cfg if cfg[k] != plain[k]} == {*variant.changes, *variant.times} != set()
+    check(replace(variant.config(base, 3), **JUDGED))
+
+
+def test_the_wide_twin_has_the_rank_of_both_blocks():
+    assert named(["none_wide"])[0].config(replace(MICRO, rank=5), 0).rank == 10
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_facts_of_arms(name):
+    arm = ARMS[name]
+    assert arm.name == name and arm.claim and arm.access in LEVELS
+    assert arm.reads_oracle is (arm.access == "L4")
+    assert set(hooks(arm)) or arm is Arm or not arm.loophole
+    if issubclass(arm, Monitored):
+        assert arm.signal in MONITORS and MONITORS[arm.signal].access == arm.access and arm.action in ACTIONS
+
+
+def test_the_table_of_arms_has_them_all():
+    console = Console(record=True, width=250, file=open("/dev/null", "w"))
+    for table in arms_table(True):
+        console.print(table)
+    text = console.export_text()
+    assert all(f"\n {name} " in text for name in (*ARMS, *(v.label for v in GRID)))
+    for column in ("signal", "action", "access", "at deployment", "hooks", "paper"):
+        assert column in text
+    (row,) = [line for line in text.split("\n") if line.startswith(" oracle_screen ")]
+    assert "*" in row and "labels" in row and "screen" in row and "L4" in row
+
+
+def test_arms_without_a_judge_are_listed_not_run():
+    unable = left_out(MICRO, ["all"])
+    assert set(unable) == {name for name, arm in ARMS.items() if "judge" in arm.needs} != set()
+    assert set(unable.values()) == {"no --judge-model is named"}
+    jobs = make_jobs(MICRO, ["all"], (0,), Path("out"), unable)
+    assert {job.arm for job in jobs} == set(ARMS) - set(unable)
+    assert "not run: judge_route (no --judge-model is named)" in plan_table(jobs, 2, unable).caption
+    assert left_out(MICRO, ["none", "judge_route"]) == {}  # whoever names it wants it
+    with pytest.raises(UserError, match="judge_route asks a judge: name one"):
+        make_jobs(MICRO, ["none", "judge_route"], (0,), Path("out"))
+    gone = replace(MICRO, judge_model="m", judge_url="http://127.0.0.1:9/v1", judge_key_env="", judge_timeout=2.0)
+    assert all("127.0.0.1:9" in why for why in left_out(gone, ["all"]).values()) and left_out(gone, ["all"])
+
+
+def test_yoked_arms_need_their_leader():
+    jobs = {job.name: job for job in make_jobs(MICRO, ["all"], (0, 1), Path("out"), left_out(MICRO, ["all"]))}
+    assert jobs["placebo_matched-s1"].after == "routeV-s1" and jobs["placebo_matched-s1"].cfg.yoke == "out/routeV-s1"
+    with pytest.raises(UserError, match="placebo_matched follows a routeV run"):
+        make_jobs(MICRO, ["placebo_matched"], (0,), Path("out"))
+    assert make_jobs(MICRO, ["coin_flip"], (0,), Path("out"))[0].after == ""
