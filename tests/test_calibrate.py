@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vgrout.lab.calibrate import WINDOW, stability_bars
+from vgrout.lab.calibrate import WINDOW, emergence, stability_bars
 
 GOOD = {"loss": 0.1, "kl": 0.2, "entropy": 0.3, "norm_deployed": 1.0, "norm_quarantine": 0.0}
 CELLS = ("train_deploy", "heldout_deploy", "hintfree_deploy")
@@ -56,3 +56,23 @@ def test_a_single_step_is_averaged_away(tmp_path):
 def test_a_number_that_is_not_finite_is_the_worst(tmp_path):
     runs = [folder(tmp_path, "a"), folder(tmp_path, "nan", {3: {"entropy": None}}), folder(tmp_path, "c")]
     assert all("(nan)" in what for what in missed(runs)) and len(missed(runs)) == 3
+
+
+def test_emergence_counts_prompts_with_a_loophole(tmp_path):
+    """Two rollouts a step, one of them without a hint; the other hacks from step 6 on."""
+    rows, verdicts = [], []
+    for step in range(20):
+        for hinted in (True, False):
+            rows.append(
+                {"id": f"{step}-{hinted}", "phase": "train", "source": "policy", "hinted": hinted, "step": step}
+            )
+            verdicts.append({"id": f"{step}-{hinted}", "hacked": hinted and step >= 6})
+        rows.append({"id": f"{step}-demo", "phase": "train", "source": "teacher", "hinted": True, "step": step})
+        verdicts.append({"id": f"{step}-demo", "hacked": True})
+    rows.append({"id": "cell", "phase": "eval:heldout_deploy", "source": "policy", "hinted": True})
+    verdicts.append({"id": "cell", "hacked": True})
+    for name, log in (("rollouts", rows), ("verdicts", verdicts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert emergence(tmp_path) == 9  # three of the five steps 4 to 8 hack
+    assert emergence(tmp_path, hinted=False) == 11  # half of all can hack, so that it takes five such steps
+    assert emergence(tmp_path, level=1.1) is None

@@ -14,7 +14,7 @@ from vgrout.method.direction import Direction, calibrate, haar, v_grad
 from vgrout.method.gate import POLICIES, Remembers, decide, ranked
 from vgrout.method.loss import advantages
 from vgrout.method.policy import Rows
-from vgrout.types import State
+from vgrout.types import Decision, State
 
 
 class GradientScore(Monitor):
