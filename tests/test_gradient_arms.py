@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vgrout.adapters import attach
+from vgrout.adapters import ADAPTERS, Adapter, attach
 from vgrout.arms import ARMS, inoculation
 from vgrout.arms.erase import Erase, EraseRandom
 from vgrout.arms.graft import graft_weights
@@ -220,11 +220,11 @@ def test_erase_edits_every_tensor(gate):
     assert (said["erase_left"] < 1e-6) == (gate == "no_gate")
 
 
-class Vectors:
-    """An adapter whose block is one vector per module: y = W x + s * (W x)."""
+class Vectors(Adapter):
+    """An adapter whose block is one vector."""
 
-    def __init__(self, policy):
-        self.policy, self.parameter = policy, torch.nn.Parameter(draw(6) * 0.1)
+    def __init__(self):
+        self.parameter = torch.nn.Parameter(draw(6) * 0.1)
 
     def named(self, which):
         return [("layer.s_deployed", self.parameter)]
@@ -232,15 +232,13 @@ class Vectors:
 
 def test_a_block_of_vectors_loses_singular_axes():
     """Per-pair gradients of a stand-in for the policy, known in closed form."""
-    made = bench()
-    stand = Vectors(made.policy)
+    stand = Vectors()
     hack, clean = draw(len(PAIRS), 6, seed=1), draw(len(PAIRS), 6, seed=2)
     calls = []
 
     def nll_gradients(rows, weight, which):
-        side = hack if rows is None or rows.source is hack else clean
         calls.append(len(weight))
-        return torch.zeros(()), {"layer.s_deployed": (weight[:, None] * side[rows.index]).sum(0)}
+        return torch.zeros(()), {"layer.s_deployed": (weight[:, None] * rows.source[rows.index]).sum(0)}
 
     def rows(side):
         return SimpleNamespace(
@@ -258,6 +256,13 @@ def test_a_block_of_vectors_loses_singular_axes():
     g, v = stand.parameter.grad.clone().numpy(), arm.axes["layer.s_deployed"].numpy()
     arm.edit(stand)
     assert np.allclose(stand.parameter.grad.numpy(), g - v.T @ (v @ g), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_erase_trains_every_kind_of_adapter(kind):
+    policy, watcher = toy_train(replace(TOY, arm="erase", adapter=kind, erase_axes=2, erase_gate="no_gate", steps=3))
+    assert any(bool(p.any()) for p in policy.adapter.parameters("deployed"))
+    assert all(r["erase_left"] < 1e-4 < r["erase_gradient"] for r in watcher.records)
 
 
 def test_more_axes_than_pairs_are_refused():
@@ -374,11 +379,15 @@ def test_seeds_leave_what_ships_alone(name):
 
 
 def moved_by(name):
-    made = bench(name, moved=False, sft_steps=8, sft_lr=0.02)
-    with torch.no_grad():
-        start = float(made.policy.nll(made.hack).mean()), float(made.policy.nll(made.clean).mean())
-        ARMS[name](made).begin()
-        end = float(made.policy.nll(made.hack).mean()), float(made.policy.nll(made.clean).mean())
+    made = bench(name, moved=False, sft_steps=20, sft_lr=0.005)
+
+    def nll():
+        with torch.no_grad():
+            return tuple(float(made.policy.nll(rows).mean()) for rows in (made.hack, made.clean))
+
+    start = nll()
+    ARMS[name](made).begin()
+    end = nll()
     return start, end, [p.detach().clone() for p in made.policy.adapter.parameters("quarantine")]
 
 
