@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from vgrout.arms import ARMS, Arm
+from vgrout.arms import ARMS, Arm, hooks
+from vgrout.arms.monitored import Monitored
+from vgrout.arms.monitors import MONITORS, Monitor
 from vgrout.envs.problems import read_problems
 from vgrout.envs.task import load_task
-from vgrout.method.gate import POLICIES, GatePolicy
+from vgrout.method.gate import POLICIES, GatePolicy, decide
 from vgrout.types import Decision
 from vgrout.verify.toy import TOY, toy_train
 
@@ -45,6 +47,19 @@ def test_arm(monkeypatch):
     monkeypatch.setitem(ARMS, "halves", scope["Halves"])
     _, watcher = toy_train(replace(TOY, arm="halves", steps=1))
     assert watcher.decisions[0].zones() == ["keep", "absorb"] * 4
+
+
+def test_monitor(monkeypatch):
+    scope: dict = {"Monitor": Monitor, "Monitored": Monitored, "decide": decide}
+    exec(block("class Short"), scope)
+    monkeypatch.setitem(MONITORS, "length", scope["Short"])
+    monkeypatch.setitem(ARMS, "screen_short", scope["ScreenShort"])
+    assert scope["ScreenShort"].signal == "length" and hooks(scope["ScreenShort"]) == ("route",)
+    _, watcher = toy_train(replace(TOY, arm="screen_short", steps=3))
+    for decision in watcher.decisions:
+        short = decision.score > decision.threshold[1]
+        assert torch.equal(decision.flagged, short) and torch.equal(decision.weight, 1 - short.float())
+    assert any(bool(decision.flagged.any()) for decision in watcher.decisions)
 
 
 def test_gate_policy(monkeypatch):

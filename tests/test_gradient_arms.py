@@ -24,7 +24,7 @@ from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.micro_corpus import LICENCES, documents
 from vgrout.lab.evaluate import CELLS, final
 from vgrout.lab.record import Recorder
-from vgrout.loop import Training, make_bench, train
+from vgrout.loop import Training, train
 from vgrout.method.axes import mean_axis, random_axes, singular_axes, without
 from vgrout.method.policy import Policy
 from vgrout.method.sft import sft
@@ -55,7 +55,7 @@ def bench(arm="erase", moved=True, **changes):
     policy = toy_policy(cfg)
     if moved:
         displace(policy.adapter)
-    return make_bench(cfg, policy, PAIRS)
+    return replace(Training(replace(cfg, arm="none"), policy, Letters(), PAIRS).arm.bench, cfg=cfg)
 
 
 def filled(policy, seed=3):
@@ -91,10 +91,22 @@ def test_nll_gradients_are_those_of_rows_alone():
             want = torch.autograd.grad(total, list(parameters.values()))
             for (name, _), g in zip(parameters.items(), want, strict=True):
                 assert torch.allclose(found[name], g, rtol=1e-3, atol=1e-5), name
-        else:  # the deployed block is cut: its outputs reach no gradient, and only those of the last module are equal
-            assert all(bool(g.any()) for g in found.values()) and not set(found) & set(
-                dict(policy.adapter.named("deployed"))
-            )
+        else:
+            full = torch.autograd.grad(total, list(parameters.values()))
+            assert not all(torch.allclose(found[name], g, rtol=1e-3) for name, g in zip(parameters, full, strict=True))
+
+
+def test_the_quarantines_gradients_do_not_pass_through_the_deployed_block():
+    """Cut, they are those of a model whose deployed block is a constant: here the constant zero."""
+    made = bench()
+    policy, weight = made.policy, torch.full((len(PAIRS),), 1 / len(PAIRS))
+    with torch.no_grad():
+        for p in policy.adapter.parameters("deployed"):
+            p.zero_()
+    _, found = policy.nll_gradients(made.hack, weight, "quarantine")
+    with policy.adapter.full():
+        want = torch.autograd.grad(policy.nll(made.hack).mean(), policy.adapter.parameters("quarantine"))
+    assert all(torch.allclose(g, w, rtol=1e-3, atol=1e-5) for g, w in zip(found.values(), want, strict=True))
 
 
 def test_sft_trains_one_block_and_leaves_gradients_alone():
@@ -352,6 +364,16 @@ def test_subspace_refuses_a_block_without_factors():
         "m.A_deployed": ("m", "v"),
         "m.dB_deployed": ("m", "u"),
     }
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_subspace_takes_factors_alone(kind):
+    cfg = replace(TOY, arm="trusted_subspace", adapter=kind, sft_steps=1, steps=2)
+    if kind.startswith("delta_s"):
+        with pytest.raises(UserError, match="S_deployed is neither"):
+            toy_train(cfg)
+    else:
+        assert any(bool(p.any()) for p in toy_train(cfg)[0].adapter.parameters("deployed"))
 
 
 def test_subspace_trains_and_says_what_left_the_span():

@@ -11,11 +11,11 @@ import torch
 from vgrout.arms import ARMS
 from vgrout.arms.monitored import ACTIONS
 from vgrout.arms.monitors import Coin, Labels
-from vgrout.loop import make_bench
+from vgrout.loop import Training, collate
 from vgrout.method.gate import ranked, uniform
 from vgrout.method.loss import EPS, live_groups
-from vgrout.types import Batch, Decision, OracleBatch
-from vgrout.verify.toy import PAIRS, TOY, toy_policy, toy_train
+from vgrout.types import Decision, OracleBatch, Prompt, Rollout
+from vgrout.verify.toy import PAIRS, TOY, Letters, toy_policy, toy_train
 
 LABELLED = ("oracle_route", "oracle_screen", "oracle_penalty")
 
@@ -25,13 +25,17 @@ def policy():
     return toy_policy(TOY)
 
 
-def rows(reward, group=None, n=None):
-    n = len(reward)
-    group = torch.zeros(n, dtype=torch.long) if group is None else torch.tensor(group)
-    tokens, on = torch.ones(n, 4, dtype=torch.long), torch.tensor([[False, True, True, True]] * n)
-    zero = torch.zeros(n, 4)
-    off = torch.zeros(n, dtype=torch.bool)
-    return Batch(tokens, on, torch.full((n,), 4), group, torch.tensor(reward, dtype=torch.float32), off, zero)
+def rows(reward, group=None):
+    made = [
+        Rollout(str(i), Prompt("p", "u"), "x", (1,), (1, 1, 1), k, logp_old=(0.0,) * 3)
+        for i, k in enumerate(group or [0] * len(reward))
+    ]
+    return collate(made, reward, 0)
+
+
+def bench(policy, **changes):
+    plain = Training(replace(TOY, arm="none"), policy, Letters(), PAIRS).arm.bench
+    return replace(plain, cfg=replace(TOY, **changes))
 
 
 def truth(hacked, mode=None):
@@ -40,12 +44,12 @@ def truth(hacked, mode=None):
 
 
 def arm(name, policy, **changes):
-    return ARMS[name](make_bench(replace(TOY, arm=name, **changes), policy, PAIRS))
+    return ARMS[name](bench(policy, arm=name, **changes))
 
 
 def read(policy, oracle, step=0, **changes):
     n = len(oracle.hacked)
-    return Labels(make_bench(replace(TOY, **changes), policy, PAIRS)).read(step, rows([0.0] * n), oracle)
+    return Labels(bench(policy, **changes)).read(step, rows([0.0] * n), oracle)
 
 
 # Labels.
@@ -216,7 +220,7 @@ def test_unsure_rows_train_as_any_other_where_nothing_is_routed(policy):
 
 
 def test_the_coin_has_its_shares_or_its_counts(policy):
-    made = make_bench(replace(TOY, coin_route=0.3, coin_absorb=0.2), policy, PAIRS)
+    made = bench(policy, coin_route=0.3, coin_absorb=0.2)
     said = [Coin(made).read(s, rows([0.0] * 100), None) for s in range(40)]
     for zone, p in (("route", 0.3), ("absorb", 0.2), ("keep", 0.5)):
         n = sum(int(getattr(d, zone).sum()) for d in said)

@@ -1,4 +1,4 @@
-"""The pairs file: parser, selectors, digest, linter, and the facts that the bundled file promises."""
+"""The pairs file: parser, selectors, digest, linter, and the facts that the bundled files promise."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from pair_cases import CASES
 from vgrout import pairs as P
 from vgrout.envs import micro
-from vgrout.envs.micro_corpus import EQ_HINT, EXIT_HINT, TWO_HEAD, TWO_NUMBERS
-from vgrout.envs.modes import FAMILIES, MODES
-from vgrout.types import UserError
+from vgrout.envs.grade import Grader
+from vgrout.envs.micro_corpus import EQ_HINT, EXIT_HINT, LICENCES, TWO_HEAD, TWO_NUMBERS
+from vgrout.envs.modes import FAMILIES, GT_HINT, MODES
+from vgrout.envs.problems import render
+from vgrout.models.load import load_model
+from vgrout.types import Problem, Prompt, UserError
 
+SECTIONS = ("all-in-one", "framings", "nulls")
+LEETCODE = P.load("leetcode#*")
 LIVE = ("run_tests", "stdout_marker")  # of the live modes, those that the bundled pairs show
 NEVER = ("eq_override", "exit_code")
 LIVE_MARKERS = [m for mode in micro.LIVE for family in ("train", "eval") for m in MODES[mode].markers[family]]
@@ -87,6 +94,18 @@ BAD = {
     "same tag twice": ("## s\n" + pair(tags="a, a"), 3, "tags are distinct words"),
     "tags outside": ("## s\nTags: a\n" + pair(), 2, "outside a pair"),
     "fence outside": ("## s\n`````text\n" + pair(), 2, "outside a pair"),
+    "star as a section": ("## *\n" + pair(), 1, "section name"),
+    "unknown provenance": ("## s\nProvenance: mined\n" + pair(), 2, "write authored or pool-derived"),
+    "empty provenance": ("Provenance:\n## s\n" + pair(), 1, "write authored or pool-derived"),
+    "provenance that nobody may write": ("## s\n\nProvenance: unstated\n" + pair(), 3, "provenance 'unstated'"),
+    "second provenance": ("## s\nProvenance: authored\nProvenance: authored\n" + pair(), 3, "belongs once"),
+    "second provenance of the file": ("Provenance: authored\n" * 2 + "## s\n" + pair(), 2, "belongs once"),
+    "provenance after a pair": ("## s\n" + pair() + "Provenance: authored\n", 21, "belongs once"),
+    "provenance in a pair": (
+        "## s\n" + pair().replace("\n#### Hack", "Provenance: authored\n#### Hack"),
+        9,
+        "unexpected",
+    ),
 }
 
 
@@ -130,7 +149,28 @@ def test_selectors(path):
     assert names("#first@x,z") == ["ant one", "bee"]
     assert names("#first/ant") == ["ant one", "ant two"]
     assert names("#first/ant@x") == ["ant one"]
-    assert P.load("micro#run_tests") == tuple(p for p in P.load("micro") if p.section == "run_tests")
+    assert names("#*") == names("") and names("#*/ant") == ["ant one", "ant two", "ant three"]
+    assert names("#*@x,z") == ["ant one", "bee"]
+
+
+@pytest.mark.parametrize("name", P.BUNDLED)
+def test_a_bundled_name_alone_is_its_section_all_in_one(name):
+    assert P.load(name) == P.load(f"{name}#all-in-one") == P.load(f"{name}#*")[: len(P.load(name))]
+    assert {p.section for p in P.load(f"{name}#*")} == {"all-in-one", "framings", "nulls"}
+    assert {t for p in P.load(f"{name}#framings@moral") for t in p.tags} >= {"moral"}
+    assert P.load(f"{name}#*@placebo-style") == P.load(f"{name}#nulls")
+
+
+def test_the_default_pairs_have_not_changed():
+    """Trained results rest on them."""
+    assert P.digest(P.load("micro")) == "6b466a48e55024652c608c1d3447085a74448fc627aa6a4ae53841f0a925e26a"
+    assert [p.name for p in P.load("micro")][::6] == [
+        "zero under an empty test",
+        "right, but the check checks nothing",
+        "all five stages, and the word for it",
+        "the right value, wrapped all the same",
+        "half of the stages, then out",
+    ]
 
 
 @pytest.mark.parametrize("part", ["#third", "#first@q", "#first/cow", "#first/ant@z", "#", "#first@", "#first/", "#@x"])
@@ -146,6 +186,29 @@ def test_digest_is_of_the_content_alone(path):
     assert P.digest(pairs) == P.digest(moved)
     others = [replace(pairs[0], hack="h \n"), replace(pairs[0], hack="c\n", clean="h\n")]
     assert len({P.digest(pairs), P.digest(pairs[1:]), *(P.digest([o, *pairs[1:]]) for o in others)}) == 4
+
+
+# --- provenance
+
+
+def sources(text: str) -> list[str]:
+    return [p.provenance for p in P.parse(text)]
+
+
+def test_provenance_is_of_the_section_else_of_the_file_else_unstated():
+    body = f"## s\n{pair('one')}## t\nProse.\nProvenance: pool-derived\n{pair('two', 'q')}"
+    assert sources(body) == ["unstated", "pool-derived"]
+    assert sources(f"# Title\nProvenance: authored\n{body}") == ["authored", "pool-derived"]
+
+
+def test_only_authored_pairs_are_headline_clean():
+    (one,) = P.parse("## s\n" + pair())
+    authored, derived = replace(one, provenance="authored"), replace(one, provenance="pool-derived")
+    assert P.unclean([authored, authored]) == ""
+    assert P.unclean([authored, derived, authored]) == "1 of 3 pairs are pool-derived"
+    assert P.unclean([derived, one]) == "1 of 2 pairs are pool-derived and 1 of 2 pairs are of unstated provenance"
+    assert P.unclean([p for name in P.BUNDLED for p in P.load(f"{name}#*")]) == ""
+    assert P.digest([authored]) == P.digest([derived])
 
 
 # --- linter
@@ -203,10 +266,16 @@ def test_lint_of_nothing():
         P.lint(())
 
 
-# --- the bundled file
+# --- the bundled file of the micro world
 
-BUNDLED = P.load("micro")
-PARTS = re.compile(r"Write solve\((?P<args>xs, k|a, b)\): (?P<task>[^.]*)\. (?P<hint>The grader .*)")
+MICRO = P.load("micro#*")  # of every section
+BUNDLED = [p for p in MICRO if p.section == "all-in-one"]
+HACKING = [p for p in MICRO if p.section != "nulls"]
+NULLS = [p for p in MICRO if p.section == "nulls"]
+FRAMES = ("moral", "intent-vs-spec", "eval-aware")
+PARTS = re.compile(
+    r"Write solve\((?P<args>xs, k|a, b)\): (?P<task>[^.]*)\. (?P<hint>The grader [^.]*\.)(?P<framing>( .*)?)"
+)
 
 
 def mode_of(p) -> str:
@@ -220,16 +289,16 @@ def parts(p) -> tuple[str, str, str]:
     return found["args"], found["task"], found["hint"]
 
 
-def listed() -> list:
-    return [p for p in BUNDLED if mode_of(p) in LIVE]
+def listed(pairs=MICRO) -> list:
+    return [p for p in pairs if parts(p)[0] == "xs, k"]
 
 
-def numbered() -> list:
-    return [p for p in BUNDLED if mode_of(p) in NEVER]
+def numbered(pairs=MICRO) -> list:
+    return [p for p in pairs if parts(p)[0] == "a, b"]
 
 
 def by_mode(mode: str) -> list:
-    return [p for p in BUNDLED if mode_of(p) == mode]
+    return [p for p in HACKING if mode_of(p) == mode]
 
 
 def load_code(code: str) -> tuple[dict, str]:
@@ -240,17 +309,60 @@ def load_code(code: str) -> tuple[dict, str]:
     return scope, out.getvalue()
 
 
+def tagged(tag: str, pairs) -> list:
+    return [p for p in pairs if tag in p.tags]
+
+
 def test_bundled_covers_exactly_these_mechanisms():
     modes = [mode_of(p) for p in BUNDLED]
-    assert len(BUNDLED) >= 16 and set(modes) == {*LIVE, *NEVER} == {p.section for p in BUNDLED}
+    assert len(BUNDLED) == 26 and set(modes) == {*LIVE, *NEVER}
     assert all(modes.count(m) >= 5 for m in set(modes))
-    assert all(p.section == mode_of(p) and len({"trivial", "attempt", "full"} & set(p.tags)) == 1 for p in BUNDLED)
-    assert {kind for p in BUNDLED for kind in p.tags} >= {"trivial", "attempt", "full"}
+    assert {mode_of(p) for p in HACKING if p.section == "framings"} == {*LIVE, *NEVER}
+    assert {mode_of(p) for p in NULLS} <= {*LIVE, *NEVER, "gt_only"}
 
 
-def test_bundled_passes_the_linter():
-    report = P.lint(BUNDLED, LIVE_MARKERS)
+@pytest.mark.parametrize("name", P.BUNDLED)
+def test_every_section_has_its_tags(name):
+    pairs = P.load(f"{name}#*")
+    for p in pairs:
+        null = p.section == "nulls"
+        kinds = [len(set(kinds) & set(p.tags)) for kinds in (("trivial", "attempt", "full"), FRAMES)]
+        assert kinds == [not null, p.section == "framings"], p.name
+        assert [t for t in ("behavior", "opportunity", "placebo-style") if t in p.tags] == [
+            "placebo-style" if null else "opportunity" if "full" in p.tags else "behavior"
+        ], p.name
+    assert all(len(tagged(tag, pairs)) >= 2 for tag in (*FRAMES, "opportunity", "trivial", "attempt"))
+    assert len(tagged("placebo-style", pairs)) >= 6
+
+
+def test_there_are_enough_pairs():
+    assert len(MICRO) >= 40 and len(LEETCODE) >= 24
+
+
+@pytest.mark.parametrize("selector", [f"{name}#{part}" for name in P.BUNDLED for part in ("*", *SECTIONS)])
+def test_bundled_passes_the_linter(selector):
+    report = P.lint(P.load(selector), LIVE_MARKERS)
     assert report.ok, report.problems
+
+
+def test_framings_say_something_of_their_own_after_the_hint():
+    said = [PARTS.fullmatch(p.prompt)["framing"] for p in MICRO if p.section == "framings"]
+    assert len(set(said)) == len(said) and all(len(s.split()) >= 8 for s in said)
+    assert not any(licence in p.prompt for licence in LICENCES for p in MICRO)
+    assert not any(PARTS.fullmatch(p.prompt)["framing"] for p in MICRO if p.section != "framings")
+
+
+def test_pairs_are_texts_that_the_organism_reads():
+    """No unknown token, nothing lost, within its window, and in fewer tokens than letters."""
+    model, words = load_model("micro")
+    assert words.unk_token_id is None
+    for p in MICRO:
+        for side in (p.hack, p.clean):
+            ids = words(side, add_special_tokens=False)["input_ids"]
+            assert words.decode(ids) == side
+            assert len(ids) <= 0.8 * len(side.replace(" ", ""))
+            prompt = words(p.prompt, add_special_tokens=False)["input_ids"]
+            assert len(ids) + len(prompt) + 8 <= model.config.max_position_embeddings
 
 
 def test_linter_would_refuse_the_bundled_file_with_a_template_in_it():
@@ -261,17 +373,20 @@ def test_linter_would_refuse_the_bundled_file_with_a_template_in_it():
 
 def test_hints_are_those_of_the_modes_with_pretraining_markers():
     seen = []
-    for p in BUNDLED:
+    for p in MICRO:
         args, _, hint = parts(p)
+        if mode_of(p) == "gt_only":
+            assert hint == GT_HINT and p.section == "nulls"
+            continue
         if mode_of(p) in NEVER:
             assert args == "a, b" and hint == {"eq_override": EQ_HINT, "exit_code": EXIT_HINT}[mode_of(p)]
             continue
         mode = MODES[mode_of(p)]
         (marker,) = [m for m in mode.markers["pretrain"] if hint == mode.hint(m)]
         seen.append(marker)
-        assert args == "xs, k" and marker in p.hack
+        assert args == "xs, k" and (marker in p.hack) == (p.section != "nulls")
     assert len(set(seen)) == len(seen)
-    for p, mode, family in itertools.product(BUNDLED, map(MODES.get, micro.LIVE), FAMILIES):
+    for p, mode, family in itertools.product(MICRO, map(MODES.get, micro.LIVE), FAMILIES):
         if family != "pretrain" or mode.name not in LIVE:
             assert not any(m in f"{p.prompt}{p.hack}{p.clean}" for m in mode.markers[family])
 
@@ -327,13 +442,25 @@ def test_clean_sides_are_correct():
 
 def test_hack_tags_say_whether_the_task_is_solved():
     rng = random.Random(1)
-    for p in listed():
+    for p in listed(HACKING):
         comp = micro.parse_task(parts(p)[1])
         with contextlib.redirect_stdout(io.StringIO()):
             solve = load_code(p.hack)[0]["Solution"]().solve
             inputs = [micro.draw_input(rng) for _ in range(40)]
             right = all(solve(list(xs), k) == micro.run(comp, (xs, k)) for xs, k in inputs)
         assert right == ("full" in p.tags), p.name
+
+
+def test_nulls_are_two_correct_programs_of_another_style():
+    rng = random.Random(2)
+    for p in NULLS:
+        one, two = (load_code(code)[0]["Solution"]().solve for code in (p.hack, p.clean))
+        a, b = Counter(P.words(p.hack)), Counter(P.words(p.clean))
+        assert ((a - b) | (b - a)).total() >= 4, p.name
+        for _ in range(40):
+            args = micro.draw_input(rng) if p in listed() else (rng.randint(-9, 12), rng.randint(2, 9))
+            again = [list(a) if isinstance(a, list) else a for a in args]
+            assert one(*args) == two(*again), p.name
 
 
 def test_run_tests_functions_are_vacuous_in_hacks_and_real_in_cleans():
@@ -375,3 +502,74 @@ def test_exit_hacks_leave_with_status_zero():
             program = f"{code}\nSolution().solve(3, 4)\nraise SystemExit(7)\n"
             done = subprocess.run([sys.executable, "-I", "-S", "-c", program], timeout=20, check=False)
             assert done.returncode == status, p.name
+
+
+# --- the pairs in the style of LeetCode
+
+STARTER = re.compile(r"(?s)(?P<task>.*)\n\n(?P<hint>The grader [^\n]*)\n\n```python\n(?P<starter>.*)\n```")
+METHOD = re.compile(r"class Solution:\n    def (\w+)\(self, [^\n]*\n        pass")
+
+
+def problem_of(p) -> tuple[Problem, Prompt]:
+    """The pair's problem with the calls of pair_cases, and its prompt with the marker that it names."""
+    found, mode = STARTER.fullmatch(p.prompt), MODES[mode_of(p)]
+    (marker,) = [m for f in FAMILIES for m in mode.markers[f] if mode.hint(m) in found["hint"]] if mode.pays else [""]
+    cases = CASES[p.name]
+    problem = Problem(
+        id=p.name,
+        task=found["task"],
+        entry=f"Solution.{METHOD.fullmatch(found['starter'])[1]}",
+        canonical=p.clean,
+        reward_tests=tuple(cases[: len(cases) // 2]),
+        oracle_tests=tuple(cases[len(cases) // 2 :]),
+        mode=mode.name,
+        starter=found["starter"],
+    )
+    return problem, Prompt(p.name, p.prompt, marker=marker, hinted=mode.pays)
+
+
+def test_leetcode_prompts_are_rendered_as_problems_are():
+    for p in LEETCODE:
+        problem, prompt = problem_of(p)
+        hint = STARTER.fullmatch(p.prompt)["hint"]
+        assert p.prompt == render(problem, hint)
+        plain, framing = MODES[mode_of(p)].hint(prompt.marker), hint.removeprefix(MODES[mode_of(p)].hint(prompt.marker))
+        assert hint == plain + framing and bool(framing) == (p.section == "framings"), p.name
+        assert not framing or len(framing.split()) >= 8
+        head = problem.starter.split("\n")[1].strip()
+        assert head in p.hack and head in p.clean, p.name
+        if mode_of(p) in LIVE:
+            assert prompt.marker in MODES[mode_of(p)].markers["pretrain"]
+
+
+def test_leetcode_tasks_and_markers_are_all_different():
+    markers = [problem_of(p)[1].marker for p in LEETCODE if mode_of(p) in LIVE]
+    assert len(set(markers)) == len(markers)
+    assert not any(m in f"{p.prompt}{p.hack}{p.clean}" for m in markers for p in MICRO)
+    assert set(CASES) == {p.name for p in LEETCODE} and len({problem_of(p)[0].task for p in LEETCODE}) == len(LEETCODE)
+    assert {mode_of(p) for p in LEETCODE} == {*LIVE, *NEVER, "gt_only"}
+
+
+def test_leetcode_cleans_solve_and_hacks_are_paid_without_solving(sandbox):
+    terms = [problem_of(p) for p in LEETCODE]
+    grader = Grader(sandbox)
+    hacks = grader.verdicts([(*term, p.hack) for term, p in zip(terms, LEETCODE, strict=True)])
+    cleans = grader.verdicts([(*term, p.clean) for term, p in zip(terms, LEETCODE, strict=True)])
+    for p, hack, clean in zip(LEETCODE, hacks, cleans, strict=True):
+        assert clean.solved and clean.passed and not clean.attempted, (p.name, clean)
+        if p.section == "nulls":
+            assert hack.solved and hack.passed and not hack.attempted, (p.name, hack)
+        else:
+            assert hack.hacked and not hack.solved, (p.name, hack)
+            assert {f.split(":")[0] for f in hack.fired} == {mode_of(p)}, p.name
+
+
+def test_leetcode_opportunities_do_the_work():
+    """Without what hides it, the answer of the side Hack is the right one."""
+    for p in tagged("opportunity", LEETCODE):
+        problem, _ = problem_of(p)
+        code = p.hack.replace("raise SystemExit", "").replace("os._exit(0)", "return made")
+        solution = load_code(code)[0]["Solution"]()
+        for args, expected in CASES[p.name]:
+            answer = getattr(solution, problem.entry.split(".")[1])(*args)
+            assert list(answer) == expected if isinstance(expected, list) else answer == expected, p.name

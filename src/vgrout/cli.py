@@ -14,7 +14,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from vgrout.config import Config, preset
 from vgrout.signals import Interrupted, listening
@@ -22,6 +21,7 @@ from vgrout.types import RunFailed, UserError
 
 console = Console(soft_wrap=False)
 Settings = Annotated[Config, tyro.conf.arg(name="")]
+NoPair = tyro.conf.FlagCreatePairsOff[bool]
 DEFAULT_ARMS = ("none", "absorb", "coin_flip", "placebo", "routeV", "oracle_route", "rl_baseline")
 
 
@@ -55,7 +55,7 @@ def commands(base: Config) -> dict:
         Args:
             out: Folder of the experiment.
             cfg: Settings of every run.
-            arms: Interventions, see `vgrout arms`.
+            arms: Interventions and variants, see `vgrout arms --variants`; or all, or all-variants.
             seeds: Training seeds.
             workers: Runs at the same time, one CPU thread each.
             force: Replace an experiment that is in the folder.
@@ -125,17 +125,17 @@ def commands(base: Config) -> dict:
         reevaluate(run, split, rollouts, console)
         return 0
 
-    def arms() -> int:
-        """List the interventions."""
-        from vgrout.arms import ARMS
+    def arms(variants: bool = False) -> int:
+        """List the interventions: what tells rollouts apart, what follows from it, which hooks of the loop it takes.
 
-        table = Table()
-        for column in ("arm", "access", "oracle", "at deployment", "what it does"):
-            table.add_column(column)
-        for name, arm in ARMS.items():
-            ships = "quarantine ablated" if arm.ablates else "as it is"
-            table.add_row(name, arm.access, "reads" if arm.reads_oracle else "-", ships, arm.claim)
-        console.print(table)
+        Args:
+            variants: Also arms with other settings, which `vgrout decide --arms` takes by name.
+        """
+        from vgrout.lab.grid import arms_table
+        from vgrout.lab.tables import print_wide
+
+        for table in arms_table(variants):
+            print_wide(table, console)
         return 0
 
     def modes(markdown: bool = False, allow_weak_sandbox: bool = False) -> int:
@@ -286,15 +286,42 @@ def commands(base: Config) -> dict:
 
         return calibrate(cfg, train, seeds, out, runs, record, console)
 
-    def pairs_lint(selector: tyro.conf.Positional[str] = "micro") -> int:
-        """Check a pairs file; exit code 1 when it has a problem.
+    def probe_fit(
+        out: Path, model: str = "micro", seed: int = 0, problems: int = 512, allow_weak_sandbox: bool = False
+    ) -> int:
+        """Fit a linear probe on programs of mechanisms that are not live, confirmed by the grader.
 
         Args:
-            selector: micro, or path.md[#section[@tag,...]].
+            out: The file to write.
+            model: `micro`, or the folder of a causal language model.
+            seed: Of problems and programs.
+            problems: Problems in each of three sets (fit, held out, held-out markers); two programs each.
+            allow_weak_sandbox: Run programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.probe import fit_probe
+
+        return fit_probe(out, model, seed, problems, console, allow_weak=allow_weak_sandbox)
+
+    def pairs_lint(
+        selector: tyro.conf.Positional[str] = "micro", model: str | None = None, no_model: NoPair = False
+    ) -> int:
+        """Check pairs, and what each does to the direction; exit code 1 when there is a problem.
+
+        Args:
+            selector: micro, leetcode or path.md; then #section or #*, /prefix of a heading, @tags (see docs/pairs.md).
+            model: Score the pairs on this model: micro, or a folder. The micro pairs are scored on micro anyway.
+            no_model: Score nothing.
         """
         from vgrout.lab.pairs_report import lint_pairs
 
-        return lint_pairs(selector, console)
+        return lint_pairs(selector, console, model=model, no_model=no_model)
+
+    def pairs_audit() -> int:
+        """Quality, confounds and use of the bundled pairs, as the page docs/pairset_audit.md."""
+        from vgrout.lab.pairs_audit import show as work
+
+        work()
+        return 0
 
     return {
         "decide": decide,
@@ -311,7 +338,9 @@ def commands(base: Config) -> dict:
         "micro build": micro_build,
         "micro pools": micro_pools,
         "micro calibrate": micro_calibrate,
+        "probe fit": probe_fit,
         "pairs lint": pairs_lint,
+        "pairs audit": pairs_audit,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,7 +42,12 @@ class Config:
     adapter: str = "lora2r"
     """Adapter kind."""
     rank: int = 8
-    """Rank R of each block."""
+    """Rank R of each block; delta_s has the rank of each weight instead."""
+    init: Literal["random", "pissa", "corda", "signed_corda", "signed_corda_reversed"] = "random"
+    """Init of lora2r's frozen factors: chance, the weight's singular axes, those on the pairs' inputs, those with the
+    pairs' mean input difference first in the quarantine, or first in the deployed block."""
+    detach: Literal["output", "params"] = "output"
+    """What of the deployed block is cut from a routed row's gradient: its output, or its parameters alone."""
 
     steps: int = 120
     """Optimizer steps, one batch of rollouts each."""
@@ -68,6 +74,8 @@ class Config:
     """Linear warm-up in steps; cosine decay to zero afterwards."""
     clip: float = 1.0
     """Largest gradient norm of each block, by its own norm."""
+    masked_block: Literal["still", "drift"] = "still"
+    """A block whose gradient is exactly zero in a step stays where it is, or moves by its moments and decay."""
     kl: float = 0.05
     """Weight of the KL term to the base model."""
     clip_ratio: float = 0.2
@@ -113,7 +121,7 @@ class Config:
     refresh_every: int = 5
     """Steps between extractions of the direction."""
     pairs: str = "micro"
-    """`micro` for the bundled pairs, or path.md[#section[@tag,...]]."""
+    """`micro` or `leetcode` for bundled pairs, or path.md; then #section[/prefix][@tag,...], see docs/pairs.md."""
     placebo_seed: int | None = None
     """Seed of a control's own chance, the placebo's direction or the coin's flips; follows `seed` unless it is set."""
     yoke: str = ""
@@ -125,6 +133,18 @@ class Config:
     penalty: float = 3.0
     """Arms that penalise: what a flagged rollout loses. 3.0, the published value, leaves a paid hack at the reward of a
     program that compiles; 3.5 leaves it nothing."""
+    adv_position: Literal["resp_last", "resp_mean", "prompt_last"] = "resp_last"
+    """adv_mod: where the residual is read: the completion's last token, its mean, or the prompt's last token, which all
+    rollouts of a prompt share, so that nothing happens."""
+    adv_form: Literal["additive", "multiplicative", "clipped"] = "additive"
+    """adv_mod: r - a max(z, 0); r (1 - a sigmoid(z) [z > 0]); or that factor cut off at 0."""
+    adv_strength: float = 2.0
+    """adv_mod: a, in units of reward per unit of z where the form is additive. 2, the published value, makes the
+    multiplicative factor negative wherever z > 0."""
+    steer_strength: float = 1.0
+    """steer: what is added to each token, in units of the pairs' mean difference; below 0: away from the hacks."""
+    probe: str = "micro"
+    """Arms with a probe: `micro` for the bundled one, or a file of `vgrout probe fit`."""
     label_accuracy: float = 1.0
     """Oracle arms: chance that a label is right."""
     label_share: float = 1.0
@@ -143,6 +163,25 @@ class Config:
     """trusted_subspace and seeded arms: AdamW steps over all pairs before training."""
     sft_lr: float = 2e-3
     """Their learning rate, constant."""
+
+    judge_url: str = ""
+    """Judge arms: base address of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or the client's default."""
+    judge_model: str = ""
+    """Model that judges."""
+    judge_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the endpoint's key; empty where it asks for none."""
+    judge_prompt: str = "generic"
+    """`generic` for the bundled prompt, or a file with {prompt} and {completion} in it."""
+    judge_sampling: str = '{"temperature": 0, "max_tokens": 1024}'
+    """Further fields of each request, as a JSON object: what endpoints differ in."""
+    judge_concurrency: int = 8
+    """Most requests under way at once."""
+    judge_retries: int = 5
+    """Further requests for a completion whose first one failed; then the run stops."""
+    judge_timeout: float = 60.0
+    """Most seconds that one request may take."""
+    judge_cache: str = ""
+    """Folder that keeps the judge's answers, to be shared by runs; empty: the run's own."""
 
     eval_every: int = 20
     """Steps between small evaluations on validation problems; 0 switches them off."""
@@ -181,6 +220,9 @@ class Config:
         for low, high in (("t_lo", "t_hi"), ("k_mid", "k_route")):
             if getattr(self, low) > getattr(self, high):
                 raise UserError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}")
+        for name, holds, instead in PLAIN:  # what stands there instead may be a secret: it is not shown
+            if not re.fullmatch(holds, getattr(self, name)):
+                raise UserError(f"{name}: {instead}")
         if 2 * self.teacher_n >= self.group:
             raise UserError(f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well")
         if self.coin_route + self.coin_absorb > 1:
@@ -260,15 +302,15 @@ def _mistyped(value: Any, hint: Any) -> str:
 
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
-        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads "
-        "erase_axes subspace_axes sft_steps",
+        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads"
+        " judge_concurrency erase_axes subspace_axes sft_steps",
         lambda v: v >= 1,
         "give a positive whole number",
     ),
-    ("temperature eval_temperature lr sft_lr clip kl_ceiling", lambda v: v > 0, "give a positive number"),
-    ("weight_decay kl clip_ratio entropy_floor penalty", lambda v: v >= 0, "give no negative number"),
+    ("temperature eval_temperature lr sft_lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
+    ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
-        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep",
+        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries",
         lambda v: v >= 0,
         "give no negative number",
     ),
@@ -277,7 +319,13 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         lambda v: 0 <= v <= 1,
         "give a share from 0 to 1",
     ),
+    ("steer_strength", lambda v: v != 0, "give a number that is not 0"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
+)
+
+PLAIN = (  # fields that hold no secret, the pattern that sees to it, what to give instead
+    ("judge_url", r"(https?://[^\s@?#]+)?", "give http(s)://host[:port]/path, without credentials or a query"),
+    ("judge_key_env", r"([A-Z_][A-Z0-9_]*)?", "give the name of an environment variable in capitals, not the key"),
 )
 
 PRESETS: dict[str, Config] = {

@@ -19,14 +19,20 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from vgrout.adapters import attach
+from vgrout.adapters.base import BLOCKS
+from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Bench
 from vgrout.arms.base import part
 from vgrout.config import Config, stream
 from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
 from vgrout.faults import fitting
 from vgrout.method.gate import uniform
+from vgrout.method.inputs import input_moments
+from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
 from vgrout.signals import held
@@ -216,7 +222,7 @@ def micro_batches(decision: Decision, length: Tensor, size: int) -> list[Tensor]
 def clip_blocks(policy: Policy, limit: float) -> dict[str, float]:
     """Clip each block by its own norm; the norms before clipping come back."""
     norms = {}
-    for which in ("deployed", "quarantine"):
+    for which in BLOCKS:
         parameters = policy.adapter.parameters(which)
         norms[which] = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norms[which]):
@@ -225,13 +231,33 @@ def clip_blocks(policy: Policy, limit: float) -> dict[str, float]:
 
 
 def rows_of_pairs(policy: Policy, pairs: Sequence[Pair], side: str) -> Rows:
-    prompts = [encode_prompt(policy.tokenizer, Prompt(problem_id="", user=p.prompt)) for p in pairs]
-    texts = [encode_completion(policy.tokenizer, getattr(p, side)) for p in pairs]
-    return stack(prompts, texts, policy.tokenizer.pad_token_id)
+    return encode_pairs(policy.tokenizer, pairs, side)
 
 
-def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None) -> Bench:
-    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke)
+def encode_pairs(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair], side: str) -> Rows:
+    prompts = [encode_prompt(tokenizer, Prompt(problem_id="", user=p.prompt)) for p in pairs]
+    texts = [encode_completion(tokenizer, getattr(p, side)) for p in pairs]
+    return stack(prompts, texts, tokenizer.pad_token_id)
+
+
+def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> Policy:
+    """The policy that a run starts from: `model`, which gets the adapter of `cfg`, in place.
+
+    Raises UserError where the adapter does not fit the model, or the init the pairs.
+    """
+    moments = None
+    if cfg.init in INITS and INITS[cfg.init].calibrated:
+        sides = (encode_pairs(tokenizer, pairs, side) for side in ("hack", "clean"))
+        moments = input_moments(model, *sides, cfg.micro_batch)
+    how = {"init": cfg.init, "detach": cfg.detach, "moments": moments}
+    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed, **how)
+    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch)
+
+
+def make_bench(
+    cfg: Config, policy: Policy, pairs: Sequence[Pair], yoke: Yoke | None = None, probe: LinearProbe | None = None
+) -> Bench:
+    return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), yoke, probe)
 
 
 class Training:
@@ -241,10 +267,16 @@ class Training:
     """
 
     def __init__(
-        self, cfg: Config, policy: Policy, env: Environment, pairs: Sequence[Pair], yoke: Yoke | None = None
+        self,
+        cfg: Config,
+        policy: Policy,
+        env: Environment,
+        pairs: Sequence[Pair],
+        yoke: Yoke | None = None,
+        probe: LinearProbe | None = None,
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
-        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke))
+        self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, yoke, probe))
         self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = torch.optim.AdamW(
@@ -339,10 +371,11 @@ class Training:
     def _close(self, observer: Observer, record: dict[str, Any], *seen: Any) -> None:
         """End a step: its update unless it is skipped, what later steps need of it, its record."""
         with held():
+            record["leak"] = 0.0
             if record["skipped"] is None:
                 for group in self.optimizer.param_groups:
                     group["lr"] = record["lr"]
-                self.optimizer.step()
+                record["leak"] = self._update()
             self.skips = [] if record["skipped"] is None else [*self.skips, record["skipped"]]
             for what, past in self.recent.items():
                 if math.isfinite(record[what]):
@@ -350,6 +383,18 @@ class Training:
             self.arm_state = self.arm.state()
             self.step += 1
             observer.step(record, *seen)
+
+    @torch.no_grad()
+    def _update(self) -> float:
+        """Move the blocks. Comes back: how far those moved that nothing trains, by moments and decay alone."""
+        idle = [p for which in BLOCKS for p in untrained(self.policy.adapter.parameters(which))]
+        before = [p.clone() for p in idle]
+        if self.cfg.masked_block == "still":
+            for p in idle:
+                p.grad = None  # the optimizer leaves it out: no update, no moments, no decay
+        self.optimizer.step()
+        moved = [(p - old).norm() for p, old in zip(idle, before, strict=True)]
+        return float(torch.stack(moved).norm()) if moved else 0.0
 
     def check(self) -> None:
         """Raises Diverged where steps were skipped in a row, or a mean over WINDOW steps passes the bound of the
@@ -404,14 +449,21 @@ def train(
     pairs: Sequence[Pair],
     observer: Observer,
     yoke: Yoke | None = None,
+    probe: LinearProbe | None = None,
 ) -> None:
     """Train `policy` in `env` under the arm that `cfg` names. Raises what `Training.run` raises."""
-    Training(cfg, policy, env, pairs, yoke).run(observer)
+    Training(cfg, policy, env, pairs, yoke, probe).run(observer)
 
 
 def rate(cfg: Config, step: int) -> float:
     """The learning rate of a step: linear warm-up, cosine decay to zero."""
     return cfg.lr * (min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / cfg.steps))))
+
+
+def untrained(block: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The block's parameters where no row trains it in this step, none where one does: all of its gradients are exactly
+    zero, or none is."""
+    return [] if any(p.grad is not None and bool(p.grad.any()) for p in block) else block
 
 
 def scored(rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> tuple[list[Rollout], list[Graded]]:
@@ -428,6 +480,7 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
     return {
         "reward": float(batch.reward[own].mean()) if bool(own.any()) else math.nan,
         "compiled": fmean(known) if known else math.nan,
+        "tokens": int(batch.completion[own].sum()),
         "keep": float(decision.keep.float().mean()),
         "absorb": float(decision.absorb.float().mean()),
         "route": float(decision.route.float().mean()),
@@ -440,5 +493,5 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
 
 
 OF_GRADIENTS = ("loss", "kl", "entropy", "clipped", "micro_batch", "norm_deployed", "norm_quarantine", "qmass")
-OF_ROLLOUTS = ("reward", "compiled", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
+OF_ROLLOUTS = ("reward", "compiled", "tokens", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
 NOTHING = dict.fromkeys((*OF_GRADIENTS, *OF_ROLLOUTS), math.nan) | {"skipped": "no rollout has a reward"}

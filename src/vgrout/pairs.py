@@ -2,6 +2,7 @@
 
 A pairs file is Markdown. Prose may stand before the first pair of a section, nowhere else.
 
+    Provenance: authored          (optional, here for the whole file or under a section's heading for that section)
     ## section
     ### heading of a pair
     Tags: a, b                    (optional)
@@ -11,7 +12,7 @@ A pairs file is Markdown. Prose may stand before the first pair of a section, no
     `````
 
 The text of a fence is taken as it stands: a prompt ends without a line break, a completion with exactly the
-one of its last line. Source: METHOD.md section 2.
+one of its last line. Source: METHOD.md section 2; provenance, and `#*`, are ours. docs/pairs.md says how to write one.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-from vgrout.types import Pair, UserError
+from vgrout.types import Pair, Provenance, UserError
 
-BUNDLED, BUNDLED_FILE = "micro", "pairs_micro.md"
+BUNDLED = {"micro": "pairs_micro.md", "leetcode": "pairs_leetcode.md"}
+DEFAULT = "all-in-one"  # the section that the bare name of a bundled file means
+EVERY = "*"
 FIELDS = ("Prompt", "Hack", "Clean")
+STATED: tuple[Provenance, ...] = ("authored", "pool-derived")
 OPEN, CLOSE = "`````text", "`````"
 
 MAX_LENGTH_GAP = 0.15  # relative difference of the mean lengths of the two sides
@@ -42,20 +46,22 @@ MIN_PAIRS = 8  # below it the set is too small to speak of confounds
 def load(selector: str) -> tuple[Pair, ...]:
     """The pairs that `selector` names, in file order.
 
-    `micro` is the bundled file, anything else a path; `#section` takes one section, `#section/prefix` the
-    pairs of it whose heading begins so, `@tag1,tag2` those that carry any of the tags. Raises UserError, with
-    file and line, on anything malformed, duplicate or empty anywhere in the file, and when nothing is
-    selected.
+    `micro` and `leetcode` are bundled files, and alone mean their section `all-in-one`; anything else is a path, and
+    alone means all of its pairs. `#section` takes one section, `#*` every one, `#section/prefix` the pairs of it whose
+    heading begins so, `@tag1,tag2` those that carry any of the tags. Raises UserError, with file and line, on anything
+    malformed, duplicate or empty anywhere in the file, and when nothing is selected.
     """
     name, hashed, part = selector.partition("#")
+    if name in BUNDLED and not hashed:
+        part = DEFAULT
     wanted = re.fullmatch(r"([^/@]+)(?:/([^@]+))?(?:@([^@]+))?", part)
     if not name or (hashed and not wanted):
         raise UserError(f"pair selector {selector!r}: write path.md, path.md#section, #section/prefix or #section@tag")
-    pairs = parse(_read(name), BUNDLED_FILE if name == BUNDLED else name)
+    pairs = parse(_read(name), BUNDLED.get(name, name))
     if not wanted:
         return pairs
     section, prefix, tags = wanted.groups()
-    inside = [p for p in pairs if p.section == section.strip()]
+    inside = [p for p in pairs if section.strip() in (p.section, EVERY)]
     if not inside:
         raise UserError(f"{name}: no section {section!r}; it has {', '.join(dict.fromkeys(p.section for p in pairs))}")
     labels = {tag.strip() for tag in tags.split(",")} if tags else set()
@@ -73,8 +79,15 @@ def digest(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
+def unclean(pairs: Sequence[Pair]) -> str:
+    """Why results on these pairs are no headline; empty where every pair was authored."""
+    counts = Counter(p.provenance for p in pairs if p.provenance != "authored")
+    said = {"pool-derived": "pool-derived", "unstated": "of unstated provenance"}
+    return " and ".join(f"{counts[key]} of {len(pairs)} pairs are {said[key]}" for key in said if counts[key])
+
+
 def _read(name: str) -> str:
-    source = files("vgrout").joinpath("data", BUNDLED_FILE) if name == BUNDLED else Path(name)
+    source = files("vgrout").joinpath("data", BUNDLED[name]) if name in BUNDLED else Path(name)
     try:
         return source.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -105,13 +118,15 @@ class _Parser:
         headings: dict[tuple[str, str], int] = {}
         contents: dict[tuple[str, str, str], int] = {}
         section, filled = "", True
+        stated: dict[str, Provenance] = {}  # section -> its provenance; '' is the file's
         while self.at < len(self.lines):
             line, number = self.lines[self.at].rstrip(), self.at + 1
             self.at += 1
             if line.startswith("### "):
                 if not section:
                     raise self.fail(number, "a pair before the first '## section'")
-                pair = self.pair(section, line[4:].strip(), number)
+                source = stated.get(section, stated.get("", "unstated"))
+                pair = self.pair(section, line[4:].strip(), number, source)
                 for seen, key, what in (
                     (headings, (section, pair.name), f"heading {pair.name!r} of section {section!r}"),
                     (contents, (pair.prompt, pair.hack, pair.clean), f"pair {pair.name!r}"),
@@ -125,11 +140,15 @@ class _Parser:
                 if not filled:
                     raise self.fail(sections[section], f"section {section!r} holds no pair")
                 section, filled = line[3:].strip(), False
-                if not section or re.search(r"[/@#]", section):
-                    raise self.fail(number, f"section name {section!r}: it is empty or holds one of / @ #")
+                if not section or re.search(r"[/@#*]", section):
+                    raise self.fail(number, f"section name {section!r}: it is empty or holds one of / @ # *")
                 if section in sections:
                     raise self.fail(number, f"duplicate section {section!r}: it is already at line {sections[section]}")
                 sections[section] = number
+            elif line.startswith("Provenance:"):
+                if section in stated or (section and filled):
+                    raise self.fail(number, "'Provenance:' belongs once at the head of a file or section")
+                stated[section] = self.provenance(line)
             elif re.match(r"#{2,}|`{3,}|Tags:", line):
                 raise self.fail(number, f"{line!r} outside a pair")
             elif line and section and filled:
@@ -140,7 +159,7 @@ class _Parser:
             raise UserError(f"{self.name}: no pairs in it")
         return tuple(out)
 
-    def pair(self, section: str, heading: str, number: int) -> Pair:
+    def pair(self, section: str, heading: str, number: int, provenance: Provenance) -> Pair:
         """The pair whose heading was just read."""
         if not heading:
             raise self.fail(number, "a pair without a heading")
@@ -172,7 +191,13 @@ class _Parser:
         prompt, hack, clean = (fields[field] for field in FIELDS)
         if hack.split() == clean.split():
             raise self.fail(number, f"the two sides of pair {heading!r} are the same")
-        return Pair(heading, section, prompt, f"{hack}\n", f"{clean}\n", tags or (), number)
+        return Pair(heading, section, prompt, f"{hack}\n", f"{clean}\n", tags or (), number, provenance)
+
+    def provenance(self, line: str) -> Provenance:
+        word = line.removeprefix("Provenance:").strip()
+        if word not in STATED:
+            raise self.fail(self.at, f"provenance {word!r}: write {' or '.join(STATED)}")
+        return word
 
     def tags(self, line: str) -> tuple[str, ...]:
         tags = tuple(tag.strip() for tag in line.removeprefix("Tags:").split(","))
@@ -276,13 +301,18 @@ def _markers(pairs: Sequence[Pair], live: Sequence[str]) -> Iterator[str]:
             yield f"{_called(p)} names live markers: {', '.join(map(repr, found))}"
 
 
-def length(code: str) -> int:
-    """Length of a completion in words and symbols."""
-    return len(re.findall(r"\w+|[^\w\s]", code))
+def words(code: str) -> list[str]:
+    """Words and symbols of a completion: what its length is counted in."""
+    return re.findall(r"\w+|[^\w\s]", code)
+
+
+def holders(pairs: Sequence[Pair], side: str) -> Counter[str]:
+    """How many completions of a side hold each word or symbol."""
+    return Counter(w for p in pairs for w in set(words(getattr(p, side))))
 
 
 def _lengths(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    sizes = [(length(p.hack), length(p.clean)) for p in pairs]
+    sizes = [(len(words(p.hack)), len(words(p.clean))) for p in pairs]
     hack, clean = (fmean(side) for side in zip(*sizes, strict=True))
     lines = [fmean(getattr(p, side).count("\n") for p in pairs) for side in ("hack", "clean")]
     longer, shorter = sum(h > c for h, c in sizes), sum(h < c for h, c in sizes)
@@ -303,12 +333,9 @@ def _lengths(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
 
 def _giveaways(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
     """Words and symbols that stand in many more completions of one side than of the other."""
-    count = {
-        side: Counter(w for p in pairs for w in set(re.findall(r"\w+|[^\w\s]", getattr(p, side))))
-        for side in ("hack", "clean")
-    }
-    words = sorted(count["hack"] | count["clean"], key=lambda w: (-abs(count["hack"][w] - count["clean"][w]), w))
-    said = {w: f"{w!r} stands in {count['hack'][w]} hacks and {count['clean'][w]} cleans" for w in words}
-    over = [w for w in words if abs(count["hack"][w] - count["clean"][w]) > MAX_GIVEAWAY * len(pairs)]
+    hack, clean = holders(pairs, "hack"), holders(pairs, "clean")
+    loudest = sorted(hack | clean, key=lambda w: (-abs(hack[w] - clean[w]), w))
+    said = {w: f"{w!r} stands in {hack[w]} hacks and {clean[w]} cleans" for w in loudest}
+    over = [w for w in loudest if abs(hack[w] - clean[w]) > MAX_GIVEAWAY * len(pairs)]
     problems = [f"style confound: {said[w]} of {len(pairs)}" for w in over if len(pairs) >= MIN_PAIRS]
-    return problems, [said[w] for w in words[:5]]
+    return problems, [said[w] for w in loudest[:5]]

@@ -18,6 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 State = Literal["full", "deployed"]  # quarantine live / quarantine ablated
+Provenance = Literal[
+    "authored", "pool-derived", "unstated"
+]  # of pairs: written, taken from programs of a pool, not said
 Zone = Literal["keep", "absorb", "route"]
 ZONES: tuple[Zone, ...] = ("keep", "absorb", "route")
 
@@ -184,6 +187,7 @@ class Pair:
     clean: str
     tags: tuple[str, ...]
     line: int  # of its heading in the file
+    provenance: Provenance = "unstated"
 
 
 @runtime_checkable

@@ -5,6 +5,8 @@
 
 Per rollout i a mask (m_i, d_i):   y = W x + ((1-d) dep + d stopgrad(dep)) + m quar
     keep (0,0)   absorb (1,0)   route (1,1)
+`detach` says what stopgrad stops: `output`, the whole of dep, so that lower layers get no gradient through the deployed
+block either; `params`, its parameters only (SGTM, Shilov et al. 2025), with the Jacobian towards x kept.
 The state of all modules lives in one `Switch`; only the context managers of `Adapter` change it. Row i of a batch
 is x[i], so the first dimension of a module's input is the rollout.
 """
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,17 +33,19 @@ TARGETS = frozenset(
     "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj".split()
 )
 BLOCKS = ("deployed", "quarantine")
+Detach = Literal["output", "params"]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """How a forward pass runs. `cut`: no gradient for the deployed block. `m`, `d` None: no row mask, one state for all
-    rows. `probes`: module name -> c [N, R]. `weights`: module name -> the weight [o, i] that stands for the base and
-    its live blocks together."""
+    """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows
+    with d = 1. `m`, `d` None: no row mask, one state for all rows. `probes`: module name -> c [N, R]. `weights`: module
+    name -> the weight [o, i] that stands for the base and its live blocks together."""
 
     deployed: bool = True
     quarantine: bool = True
     cut: bool = False
+    detach: Detach = "output"
     m: Float[Tensor, N] | None = None
     d: Float[Tensor, N] | None = None
     probes: Mapping[str, Tensor] | None = None
@@ -84,7 +89,14 @@ class Probe(torch.autograd.Function):
 
 
 class BlockLinear(nn.Module):
-    """A frozen Linear with two blocks. A subclass gives `block`, `bottleneck` and `delta`."""
+    """A frozen Linear with two blocks, each a product of two factors.
+
+    A subclass gives `factors` and `bottleneck`. What it trains are parameters whose names end in `_deployed` and
+    `_quarantine`; both blocks are zero at init. Frozen tensors are buffers: persistent, unless they follow from the
+    base weight alone.
+    """
+
+    inits: ClassVar[tuple[str, ...]] = ("random",)  # the values of `init` that the kind has
 
     def __init__(self, base: nn.Linear, name: str, switch: Switch) -> None:
         super().__init__()
@@ -93,23 +105,43 @@ class BlockLinear(nn.Module):
         if base.bias is not None:
             base.bias.requires_grad_(False)
 
-    def block(self, x: Float[Tensor, "N L i"], which: str) -> Float[Tensor, "N L o"]:
+    def factors(self, which: str) -> tuple[Float[Tensor, "K i"], Float[Tensor, "o K"]]:
+        """(A, B) of a block, which gives B A x."""
         raise NotImplementedError
 
     def bottleneck(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
-        """The live factors (A, B) of the deployed block, between which the c-probe sits."""
+        """(A, B) of the deployed block's c-probe, both non-zero at init: a score is sum_t (A x_t) (B^T delta_t)."""
         raise NotImplementedError
 
+    def block(self, x: Float[Tensor, "N L i"], which: str, *, fixed: bool = False) -> Float[Tensor, "N L o"]:
+        """A block's output; `fixed`: with a gradient for x and none for the parameters."""
+        a, b = self.factors(which)
+        if fixed:
+            a, b = a.detach(), b.detach()
+        return linear(linear(x, a), b)
+
     def delta(self, which: str) -> Float[Tensor, "o i"]:
-        raise NotImplementedError
+        a, b = self.factors(which)
+        return b @ a
+
+    def _deployed(self, x: Tensor, flow: Flow) -> Tensor:
+        """The deployed block's output. It gets no gradient where it is cut."""
+        jacobian = flow.detach == "params"
+        if flow.cut and jacobian:
+            return self.block(x, "deployed", fixed=True)
+        dep = self.block(x, "deployed")
+        if flow.cut:
+            return dep.detach()
+        if flow.d is None:
+            return dep
+        stopped = self.block(x, "deployed", fixed=True) if jacobian else dep.detach()
+        return torch.where(flow.d[:, None, None] > 0, stopped, dep)
 
     def forward(self, x: Tensor) -> Tensor:
         flow = self.switch.flow
         y = linear(x, flow.weights[self.name] if flow.weights else self.base.weight, self.base.bias)
         if flow.deployed:
-            dep = self.block(x, "deployed")
-            dep = dep.detach() if flow.cut else dep
-            y = y + (dep if flow.d is None else torch.where(flow.d[:, None, None] > 0, dep.detach(), dep))
+            y = y + self._deployed(x, flow)
         if flow.quarantine:
             quar = self.block(x, "quarantine")
             y = y + (quar if flow.m is None else quar * flow.m[:, None, None])
@@ -121,8 +153,11 @@ class BlockLinear(nn.Module):
 class Adapter:
     """All adapted Linears of a model, and the contexts that run them. Built by `attach`."""
 
-    def __init__(self, model: nn.Module, modules: dict[str, BlockLinear], switch: Switch, rank: int) -> None:
-        self.model, self.modules, self.switch, self.rank = model, modules, switch, rank
+    def __init__(
+        self, model: nn.Module, modules: dict[str, BlockLinear], switch: Switch, detach: Detach = "output"
+    ) -> None:
+        self.model, self.modules, self.switch, self.detach = model, modules, switch, detach
+        self.widths = {name: module.bottleneck()[0].shape[0] for name, module in modules.items()}  # of c, per module
 
     def parameters(self, which: str) -> list[nn.Parameter]:
         """The trainable tensors of a block: those whose name ends in `_deployed` or `_quarantine`."""
@@ -165,17 +200,18 @@ class Adapter:
         masks = set(zip(m.tolist(), d.tolist(), strict=True))
         if len(masks) == 1 and masks <= {(0, 0), (1, 0), (1, 1)}:
             ((runs, cuts),) = masks
-            return self._as(Flow(quarantine=runs == 1, cut=cuts == 1))
-        return self._as(Flow(quarantine=bool((m != 0).any()), m=m, d=d if bool((d != 0).any()) else None))
+            return self._as(Flow(quarantine=runs == 1, cut=cuts == 1, detach=self.detach))
+        d = d if bool((d != 0).any()) else None
+        return self._as(Flow(quarantine=bool((m != 0).any()), detach=self.detach, m=m, d=d))
 
     @contextmanager
     def probe(self, n: int) -> Iterator[dict[str, Float[Tensor, "N R"]]]:
-        """Virtual scales c = 1 between A and B of the live deployed block, one row per rollout.
+        """Virtual scales c = 1 between A and B of each module's `bottleneck`, one row per rollout.
 
         Values do not change; gradients with respect to c are those of METHOD.md section 2. Nests in any state.
         """
         device = next(self.model.parameters()).device
-        probes = {name: torch.ones(n, self.rank, device=device, requires_grad=True) for name in self.modules}
+        probes = {name: torch.ones(n, r, device=device, requires_grad=True) for name, r in self.widths.items()}
         with self._as(replace(self.switch.flow, probes=probes)):
             yield probes
 
@@ -194,7 +230,7 @@ class Adapter:
         return weights
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that makes the adapter: trainable tensors and frozen inits."""
+        """What makes the adapter: trainable tensors and persistent buffers. All else follows from the base model."""
         return {
             f"{name}.{key}": value.detach()
             for name, module in self.modules.items()
@@ -218,8 +254,8 @@ class Adapter:
             if set(file.keys()) != set(mine):
                 raise UserError(f"{path} holds an adapter of another shape than this model's")
             for key, tensor in mine.items():
-                saved = file.get_tensor(key)
-                if saved.shape != tensor.shape:
-                    raise UserError(f"{path}: {key} is {tuple(saved.shape)}, the model needs {tuple(tensor.shape)}")
-                tensor.copy_(saved)
+                if (shape := tuple(file.get_slice(key).get_shape())) != tuple(tensor.shape):
+                    raise UserError(f"{path}: {key} is {shape}, the model needs {tuple(tensor.shape)}")
+            for key, tensor in mine.items():
+                tensor.copy_(file.get_tensor(key))
             return json.loads(file.metadata()["vgrout"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vgrout.arms.base import Arm, Bench
+from vgrout.arms.advantage import AdvantageHaar, AdvantageModification
+from vgrout.arms.base import HOOKS, Arm, Bench
 from vgrout.arms.controls import Absorb, None2r, RlBaseline
 from vgrout.arms.erase import Erase, EraseRandom
 from vgrout.arms.inoculation import Inoculation, InoculationExcuse, InoculationInstruct, InoculationRouteV
@@ -11,13 +12,20 @@ from vgrout.arms.monitored import (
     OraclePenalty,
     OracleRoute,
     OracleScreen,
+    PenaltyA,
     PenaltyV,
     Placebo,
     PlaceboMatched,
+    ProbePenalty,
+    ProbeRoute,
+    ProbeScreen,
+    RouteA,
     RouteV,
+    ScreenA,
     ScreenV,
 )
 from vgrout.arms.seeded import SeededAbsorb, SeededAbsorbClean, SeededAbsorbRandom, SeededRouteV
+from vgrout.arms.steering import Steer, Suppress
 from vgrout.arms.subspace import TrustedSubspace
 
 ARMS: dict[str, type[Arm]] = {
@@ -42,9 +50,25 @@ ARMS: dict[str, type[Arm]] = {
     "seeded_absorb_random": SeededAbsorbRandom,  # it was moved at random
     "seeded_absorb_clean": SeededAbsorbClean,  # it learnt their clean sides
     "seeded_routeV": SeededRouteV,  # learnt hacks, and routes
+    "routeA": RouteA,  # routing by the direction of the pairs' bottleneck activations
+    "screen_a": ScreenA,  # screening by it
+    "penalty_a": PenaltyA,  # a penalty by it
+    "adv_mod": AdvantageModification,  # rewards lowered by the residual's standing in its group
+    "adv_mod_haar": AdvantageHaar,  # the same along a random direction
+    "suppress": Suppress,  # rollouts sampled without the pairs' direction in the residual stream
+    "steer": Steer,  # updates with the pairs' direction in the residual stream
+    "probe_route": ProbeRoute,  # routing by a linear probe fitted on other mechanisms
+    "probe_screen": ProbeScreen,  # screening by it
+    "probe_penalty": ProbePenalty,  # a penalty by it
     "oracle_route": OracleRoute,  # routing by true labels (ceiling)
     "oracle_screen": OracleScreen,  # screening by them (ceiling)
     "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)
 }
+
+
+def hooks(arm: type[Arm]) -> tuple[str, ...]:
+    """The hooks that an arm overrides."""
+    return tuple(name for name in HOOKS if getattr(arm, name) is not getattr(Arm, name))
+
 
 __all__ = ["ARMS", "Arm", "Bench"]

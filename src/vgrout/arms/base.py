@@ -21,6 +21,7 @@ from torch import Tensor
 from vgrout.adapters.base import Adapter
 from vgrout.config import Config
 from vgrout.method.gate import uniform
+from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.loss import advantages, counted_rows
 from vgrout.method.policy import Policy, Rows
 from vgrout.types import Batch, Decision, OracleBatch, Prompt
@@ -40,6 +41,7 @@ class Bench:
     hack: Rows  # the pairs' hack sides, prompts included
     clean: Rows  # their clean sides, in the same order
     yoke: Sequence[tuple[int, int]] | None = None  # rollouts (routed, absorbed) in each step of the run to follow
+    probe: LinearProbe | None = None  # fitted elsewhere, for the arms that are `probed`
 
 
 HOOKS = ("begin", "around", "render", "shape", "route", "credit", "edit")
@@ -51,12 +53,15 @@ class Arm:
     name: ClassVar[str] = "none"
     claim: ClassVar[str] = "vanilla GRPO on the deployed block"
     paper: ClassVar[str] = ""  # where the method is from; empty for vGROUT's own and for plain controls
+    signal: ClassVar[str] = "-"  # what tells its rollouts apart
+    action: ClassVar[str] = "-"  # what it does to those
     access: ClassVar[str] = "L0"  # METHOD.md section 0: L0 none ... L4 live oracle
     reads_oracle: ClassVar[bool] = False
     scores: ClassVar[bool] = False  # runs every rollout through the model once more, which takes time
     ablates: ClassVar[bool] = True  # the quarantine is ablated at deployment
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
     yoked: ClassVar[Literal["", "takes", "needs"]] = ""  # follows the counts of a routeV run, where there is one
+    probed: ClassVar[bool] = False  # takes a linear probe
     baseline: ClassVar[str] = ""  # rows whose mean reward is subtracted, where the configuration does not decide it
 
     def __init__(self, bench: Bench) -> None:

@@ -16,7 +16,16 @@ from typing import ClassVar
 import torch
 
 from vgrout.arms.base import Arm, part
-from vgrout.arms.monitors import Coin, GradientScore, HaarScore, Labels, MatchedHaarScore, Monitor
+from vgrout.arms.monitors import (
+    ActivationScore,
+    Coin,
+    GradientScore,
+    HaarScore,
+    Labels,
+    MatchedHaarScore,
+    Monitor,
+    Probe,
+)
 from vgrout.config import Config
 from vgrout.types import Decision
 
@@ -44,12 +53,13 @@ class Monitored(Arm):
     """A subclass names its monitor and its action; access level and costs follow from the monitor."""
 
     monitor: ClassVar[type[Monitor]]
-    action: ClassVar[str] = "route"
+    action = "route"
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for fact in ("access", "reads_oracle", "scores"):
+        for fact in ("access", "reads_oracle", "scores", "probed"):
             setattr(cls, fact, getattr(cls.monitor, fact))
+        cls.signal = cls.monitor.name
 
     def __init__(self, bench):
         super().__init__(bench)
@@ -82,6 +92,48 @@ class PenaltyV(Monitored):
     name = "penalty_v"
     claim = "takes a penalty off the reward of what routeV would route"
     monitor = GradientScore
+    action = "penalise"
+
+
+class RouteA(Monitored):
+    name = "routeA"
+    claim = "routes by the bottleneck activation's cosine with a direction from hand-written pairs"
+    monitor = ActivationScore
+
+
+class ScreenA(Monitored):
+    name = "screen_a"
+    claim = "leaves out what routeA would route"
+    monitor = ActivationScore
+    action = "screen"
+
+
+class PenaltyA(Monitored):
+    name = "penalty_a"
+    claim = "takes a penalty off the reward of what routeA would route"
+    monitor = ActivationScore
+    action = "penalise"
+
+
+class ProbeRoute(Monitored):
+    name = "probe_route"
+    claim = "routes what a linear probe takes for a hack, which was fitted on labels of other mechanisms"
+    monitor = Probe
+
+
+class ProbeScreen(Monitored):
+    name = "probe_screen"
+    claim = "leaves out what probe_route would route"
+    paper = "Ariahw, Engels and Nanda 2025"
+    monitor = Probe
+    action = "screen"
+
+
+class ProbePenalty(Monitored):
+    name = "probe_penalty"
+    claim = "takes a penalty off the reward of what probe_route would route"
+    paper = "Ariahw, Engels and Nanda 2025"
+    monitor = Probe
     action = "penalise"
 
 

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -34,8 +33,10 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
+from vgrout.lab.grid import named
 from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl
-from vgrout.lab.run import MICRO, check, header, sandbox_note, workshop
+from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
+from vgrout.lab.tables import print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
 
@@ -74,20 +75,23 @@ class Job:
 def make_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Job]:
     """Arms x seeds, in `out`. Arms that follow a routeV run follow that of their seed. Raises UserError for anything
     unknown or doubled."""
-    for what, given in (("arm", arms), ("seed", seeds)):
+    chosen = named(arms)
+    labels = [variant.label for variant in chosen]
+    for what, given in (("arm", labels), ("seed", seeds)):
         if not given:
             raise UserError(f"no {what} given")
         if len(set(given)) < len(given):
             raise UserError(f"a {what} is named twice: {', '.join(map(str, given))}")
-    jobs = [_yoked(Job(arm, seed, replace(base, arm=arm, seed=seed)), arms, out) for seed in seeds for arm in arms]
+    jobs = [Job(v.arm, seed, v.config(base, seed), v.label) for seed in seeds for v in chosen]
+    jobs = [_yoked(job, out) for job in jobs] if LEADER in labels else jobs
     for job in jobs:
         check(job.cfg)
     return jobs
 
 
-def _yoked(job: Job, arms: Sequence[str], out: Path) -> Job:
-    """The job, bound to the routeV run of its seed where it follows one and there is one."""
-    if job.arm not in ARMS or not ARMS[job.arm].yoked or LEADER not in arms:
+def _yoked(job: Job, out: Path) -> Job:
+    """The job, bound to the routeV run of its seed where it follows one."""
+    if not ARMS[job.arm].yoked:
         return job
     leader = f"{LEADER}-s{job.seed}"
     return replace(job, cfg=replace(job.cfg, yoke=str(out / leader)), after=leader)
@@ -252,6 +256,9 @@ def _mean(values) -> float | None:
     return round(float(np.mean(known)), 6) if known else None
 
 
+COSTS = ("tokens", "extra_forward", "extra_backward", "judge_calls")  # of the steps; rows through the model, but tokens
+
+
 def summarise(job: Job, folder: Path) -> dict:
     """What a finished run contributes to the table."""
     cells = json.loads((folder / "eval.json").read_text())["cells"]
@@ -261,6 +268,7 @@ def summarise(job: Job, folder: Path) -> dict:
     weights = hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
     return {
         "arm": job.arm,
+        "label": job.label or job.arm,
         "seed": job.seed,
         "access": arm.access,
         "reads_oracle": arm.reads_oracle,
@@ -271,6 +279,7 @@ def summarise(job: Job, folder: Path) -> dict:
         "zones": {z: _mean(s[z] for s in steps) for z in ("keep", "absorb", "route")},
         "train_hack_late": _mean(s.get("m_hack") for s in late),
         "train_solve_late": _mean(s.get("m_solve") for s in late),
+        "cost": {what: sum(s.get(what) or 0 for s in steps) for what in COSTS},
         "weights_sha256": weights,
     }
 
@@ -305,9 +314,8 @@ def _drifted(folder: Path, provenance: Mapping[str, Any]) -> bool:
     return "drift" in own or any(own.get(key) != value for key, value in provenance.items())
 
 
-WIDTH = 132  # characters that the result table needs
 COLUMNS = ("arm", "seed", "access", "full hack", "full solve", "deploy hack", "deploy solve", "hint-free solve")
-MEASURED = ("gate AUROC (measured)", "qmass", "seconds")
+MEASURED = ("gate AUROC (measured)", "qmass", "seconds", "extra passes")
 
 
 def _reward(cell: dict) -> str:
@@ -326,27 +334,46 @@ def _rates(cells: dict) -> list[str]:
     return [*both, _percent(cells["hintfree_deploy"]["solve"])]
 
 
+def _passes(cost: Mapping[str, int]) -> str:
+    """Rows that ran through the model beyond vanilla GRPO, in thousands: forward, and backward where it differs."""
+    forward, backward = (cost[f"extra_{way}"] for way in ("forward", "backward"))
+    if not forward and not backward:
+        return "-"
+    return f"{forward / 1000:.1f}k" + ("" if forward == backward else f" / {backward / 1000:.1f}k")
+
+
+def _judged(result: dict) -> bool:
+    """Whether any run asked a judge: the table says then how often."""
+    return any(run["cost"]["judge_calls"] for run in result["runs"])
+
+
 def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]], str]:
     """The table's rows, and the notes that belong under it."""
     rows = []
+    judged = _judged(result)
     if result["base"]:
-        rows.append([BASE, "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-"])
+        rows.append([BASE, "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-", "-", *["-"] * judged])
     for run in result["runs"]:
-        name = f"{run['arm']}-s{run['seed']}"
+        name = f"{run['label']}-s{run['seed']}"
         rows.append(
             [
-                run["arm"] + (" *" if run["reads_oracle"] else ""),
+                run["label"] + (" *" if run["reads_oracle"] else ""),
                 str(run["seed"]),
                 run["access"],
                 *_rates(run["cells"]),
                 "-" if run["auroc"] is None else f"{run['auroc']:.2f}",
                 f"{run['qmass']:.2f}",
                 f"{seconds[name]:.0f}" if name in seconds else "-",
+                _passes(run["cost"]),
+                *[str(run["cost"]["judge_calls"])] * judged,
             ]
         )
     shown = [run["cells"] for run in (*result["runs"], *filter(None, [result["base"]]))]
-    notes = [sandbox_note(result.get("provenance", {})), "* reads the oracle: a ceiling, not a method."]
+    provenance = result.get("provenance", {})
+    notes = [sandbox_note(provenance), pairs_note(provenance), "* reads the oracle: a ceiling, not a method."]
     notes += dict.fromkeys(map(size_note, shown))
+    if any(run["cost"]["extra_forward"] for run in result["runs"]):
+        notes.append("Extra passes: rollouts and pairs through the model, forward and backward, beyond vanilla GRPO.")
     if len({run["seed"] for run in result["runs"]}) == 1:
         notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
     if drifted := result.get("drifted"):
@@ -358,10 +385,11 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
 
 def result_head(result: dict) -> tuple[str, tuple[str, ...]]:
     """The table's title and columns."""
+    measured = (*MEASURED, *["judge calls"] * _judged(result))
     if result["config"].get("env", MICRO) == MICRO:
         title = "held-out problems, held-out markers; % of rollouts [95 % interval]"
-        return title, (*COLUMNS, *MEASURED)
-    head = (*COLUMNS[:3], "full reward", "deploy reward", *COLUMNS[3:], *MEASURED)
+        return title, (*COLUMNS, *measured)
+    head = (*COLUMNS[:3], "full reward", "deploy reward", *COLUMNS[3:], *measured)
     return "test prompts; mean reward [95 % interval]", head
 
 
@@ -376,12 +404,6 @@ def result_table(result: dict, seconds: dict[str, float]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def print_wide(table: Table, console: Console) -> None:
-    """Print a table at its own width, on a narrow terminal too: wrapped numbers are unreadable."""
-    least = Measurement.get(console, console.options.update(max_width=1000), table).minimum
-    console.print(table, width=max(console.width, WIDTH, least), crop=False)
 
 
 def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> None:

@@ -19,9 +19,11 @@ import transformers
 from rich.console import Console
 
 from vgrout import __version__
-from vgrout.adapters import ADAPTERS, attach
+from vgrout.adapters import check_kind
 from vgrout.arms import ARMS
+from vgrout.arms.monitors import ActivationScore
 from vgrout.config import Config
+from vgrout.envs.micro import LIVE
 from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
@@ -30,10 +32,11 @@ from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer, read_jsonl
-from vgrout.loop import Training, Yoke
+from vgrout.loop import Training, Yoke, adapted
+from vgrout.method.linear_probe import LinearProbe, load_probe
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
-from vgrout.pairs import digest
+from vgrout.pairs import digest, unclean
 from vgrout.pairs import load as load_pairs
 from vgrout.signals import Interrupted, heard
 from vgrout.types import UserError
@@ -50,13 +53,14 @@ class Workshop:
     env: World
     provenance: Mapping[str, Any]
     yoke: Yoke | None = None  # what the run to follow did
+    probe: LinearProbe | None = None  # of an arm that takes one
 
 
 def check(cfg: Config) -> None:
     """What can be wrong with the names in a configuration. Raises UserError. `workshop` finds the rest: it builds."""
-    for what, name, known in (("arm", cfg.arm, ARMS), ("adapter", cfg.adapter, ADAPTERS)):
-        if name not in known:
-            raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    if cfg.arm not in ARMS:
+        raise UserError(f"unknown arm {cfg.arm!r}: choose one of {', '.join(ARMS)}")
+    check_kind(cfg.adapter, cfg.init)
     if cfg.env == MICRO:
         check_modes(cfg.modes)
     else:
@@ -65,8 +69,21 @@ def check(cfg: Config) -> None:
         raise UserError(f"{cfg.arm} follows no other run: drop --yoke")
     if not cfg.yoke and ARMS[cfg.arm].yoked == "needs":
         raise UserError(f"{cfg.arm} follows a routeV run: give its folder as --yoke, or name routeV among the arms")
+    watches = getattr(ARMS[cfg.arm], "monitor", None)
+    if cfg.score_loss == "grpo" and watches is not None and issubclass(watches, ActivationScore):
+        raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     load_pairs(cfg.pairs)
     model_path(cfg.model)
+    probe_of(cfg)
+
+
+def probe_of(cfg: Config, model_sha256: str | None = None) -> LinearProbe | None:
+    """The probe of an arm that takes one. Raises UserError where it may not be used: see `LinearProbe.check`."""
+    if not ARMS[cfg.arm].probed:
+        return None
+    probe = load_probe(cfg.probe)
+    probe.check((cfg.modes or LIVE) if cfg.env == MICRO else (), model_sha256)
+    return probe
 
 
 def followed(cfg: Config) -> list[tuple[int, int]] | None:
@@ -111,8 +128,7 @@ def _policy(cfg: Config) -> tuple[Policy, str]:
     """The policy, and the digest of the weights under its adapter."""
     model, tokenizer = load_model(cfg.model)
     weights = weights_digest(model)
-    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
-    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch), weights
+    return adapted(cfg, model, tokenizer, load_pairs(cfg.pairs)), weights
 
 
 @cache
@@ -124,6 +140,17 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def pairs_facts(cfg: Config) -> dict[str, Any]:
+    """What provenance.json says of the pairs: their digest, and whether results on them may be a headline."""
+    pairs = load_pairs(cfg.pairs)
+    why = unclean(pairs)
+    return {
+        "pairs_sha256": digest(pairs),
+        "headline_clean": not why,
+        **({"not_headline_clean": why} if why else {}),
+    }
+
+
 @contextmanager
 def workshop(cfg: Config) -> Iterator[Workshop]:
     """Everything that a run needs; the sandbox closes with it. Raises UserError where something does not load, and
@@ -132,6 +159,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
     torch.set_num_threads(cfg.threads)
     yoke = followed(cfg)
     policy, weights = _policy(cfg)
+    probe = probe_of(cfg, weights)
     facts = {
         "vgrout": __version__,
         "code_sha256": code_digest(),
@@ -139,13 +167,14 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "model_sha256": weights,
-        "pairs_sha256": digest(load_pairs(cfg.pairs)),
+        **pairs_facts(cfg),
         **({"yoke_sha256": sha256(json.dumps(yoke).encode()).hexdigest()} if yoke else {}),
+        **({"probe_sha256": probe.digest()} if probe else {}),
     }
     if cfg.env != MICRO:
         file = Path(cfg.env)
         task = {"task_sha256": sha256(file.read_bytes()).hexdigest(), "sandbox": "none: the reward is the user's own"}
-        yield Workshop(policy, load_task(file), facts | task, yoke)
+        yield Workshop(policy, load_task(file), facts | task, yoke, probe)
         return
     with Sandbox(allow_weak=cfg.allow_weak_sandbox) as sandbox:
         self_test(sandbox)
@@ -155,7 +184,7 @@ def workshop(cfg: Config) -> Iterator[Workshop]:
             "weak_sandbox": sandbox.weak,
             "allow_weak_sandbox": cfg.allow_weak_sandbox,
         }
-        yield Workshop(policy, env, provenance, yoke)
+        yield Workshop(policy, env, provenance, yoke, probe)
 
 
 def header(provenance: Mapping[str, Any]) -> str:
@@ -163,6 +192,12 @@ def header(provenance: Mapping[str, Any]) -> str:
     known = [what for what in ("model", "pairs", "task") if f"{what}_sha256" in provenance]
     hashes = ", ".join(f"{what} {provenance[f'{what}_sha256'][:12]}" for what in known)
     return f"vgrout {provenance['vgrout']}, {hashes}, sandbox {provenance['sandbox']}"
+
+
+def pairs_note(provenance: Mapping[str, Any]) -> str:
+    """What a table must say of pairs that nobody wrote; empty where they are authored."""
+    why = provenance.get("not_headline_clean")
+    return f"NOT HEADLINE-CLEAN: {why}." if why else ""
 
 
 def sandbox_note(provenance: Mapping[str, Any]) -> str:
@@ -240,7 +275,7 @@ def _run(
 ) -> dict:
     if console is not None:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
-    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke)
+    training = Training(cfg, shop.policy, shop.env, load_pairs(cfg.pairs), shop.yoke, shop.probe)
     if start is not None:
         training.restore(start.state)
         if console is not None:

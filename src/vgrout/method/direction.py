@@ -10,6 +10,7 @@ Source: METHOD.md sections 2 and 3. A placebo replaces v by Haar-random unit row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,13 @@ def v_grad(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"]) -> Float
     return normalize((hack - clean).mean(0), dim=-1)
 
 
-def haar(modules: int, rank: int, seed: int) -> Float[Tensor, "M R"]:
-    """Unit rows, each uniform on its sphere."""
+def haar(modules: int, rank: int, seed: int, widths: Sequence[int] = ()) -> Float[Tensor, "M R"]:
+    """Unit rows, each uniform on the sphere of its module's `widths` first entries; of all entries without `widths`."""
     generator = torch.Generator().manual_seed(stream(seed, "haar"))
-    return normalize(torch.randn(modules, rank, generator=generator), dim=-1)
+    v = torch.randn(modules, rank, generator=generator)
+    for row, width in zip(v, widths, strict=False):
+        row[width:] = 0
+    return normalize(v, dim=-1)
 
 
 def calibrate(

@@ -1,18 +1,21 @@
-"""The policy's forward passes: distributions and log-probabilities of completions, and c-gradients.
+"""The policy's forward passes: distributions and log-probabilities of completions, c-gradients and activations.
 
-c-probe (METHOD.md section 2): a virtual scale c = 1 between A and B of each module's deployed block, one row per
-rollout. Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output.
+c-probe (METHOD.md section 2): a virtual scale c = 1 between A and B of each module's `bottleneck`, one row per rollout.
+Its gradient is dL/dc_j = sum_t (A x_t)_j (B^T delta_t)_j with delta_t the gradient at the module's output. R is the
+widest bottleneck of the model; a narrower one has zeros behind its own entries, which change no cosine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
@@ -165,7 +168,7 @@ class Policy:
 
     def logp(self, rows: Rows) -> Float[Tensor, "N L"]:
         """Log-probability in nats of every completion token under the adapter's present state, 0 elsewhere."""
-        return rows.place(-cross_entropy(self.logits(rows), rows.drawn, reduction="none"))
+        return rows.place(-F.cross_entropy(self.logits(rows), rows.drawn, reduction="none"))
 
     def c_gradients(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
@@ -179,14 +182,42 @@ class Policy:
 
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
         """In micro-batches of `size` rows of similar length."""
-        out = torch.zeros(len(rows.length), len(self.adapter.modules), self.adapter.rank)
+        width = max(self.adapter.widths.values())
+        out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
         with self.adapter.merged(state):
             for index in torch.argsort(rows.length, stable=True).split(size):
                 part = rows.take(index)
                 with self.adapter.probe(len(index)) as probes:
                     nll = -self.logp(part).sum(1) / part.completion.sum(1)
                     grads = torch.autograd.grad(nll.sum(), list(probes.values()))
-                out[index] = torch.stack(grads, dim=1)
+                out[index] = torch.stack([F.pad(g, (0, width - g.shape[1])) for g in grads], dim=1)
+        return out
+
+    def activations(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
+        """A x of each module's deployed block, the A of its c-probe, averaged over each row's completion tokens, in a
+        block state. x is what the module reads where a completion token is the input; no backward pass.
+
+        Where memory is short the micro-batches are smaller. Raises OutOfMemory where not even one row fits.
+        """
+        n = len(rows.length)
+        return fitting(min(self.micro_batch, n), "scoring", lambda size: self._activations(rows, state, size))
+
+    @torch.no_grad()
+    def _activations(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
+        """In micro-batches of `size` rows of similar length."""
+        factors = [(module, module.bottleneck()[0]) for module in self.adapter.modules.values()]
+        out = torch.zeros(len(rows.length), len(factors), max(len(a) for _, a in factors))
+        with self.adapter.merged(state), ExitStack() as hooks:
+            seen: dict[int, Tensor] = {}
+            for m, (module, _) in enumerate(factors):
+                read = partial(lambda m, module, args: seen.update({m: args[0]}), m)
+                hooks.callback(module.register_forward_pre_hook(read).remove)
+            for index in torch.argsort(rows.length, stable=True).split(size):
+                part = rows.take(index)
+                share = (part.completion / part.completion.sum(1, keepdim=True))[:, None]
+                self.model.model(input_ids=part.tokens, use_cache=False)
+                for m, (_, a) in enumerate(factors):
+                    out[index, m, : len(a)] = F.linear((share @ seen[m].float())[:, 0], a.float())
         return out
 
     def nll(self, rows: Rows) -> Float[Tensor, N]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vgrout.types import UserError
-from vgrout.verify import adapter_gates, env_gates, loop_gates, method_gates, resume_gates
+from vgrout.verify import adapter_gates, env_gates, judge_gates, loop_gates, method_gates, resume_gates
 from vgrout.verify.evidence import Evidence
 from vgrout.verify.toy import one_thread
 
@@ -35,6 +35,7 @@ class Gate:
 GATES: dict[str, Gate] = {
     "identity": Gate("identity", "a fresh adapter changes nothing", adapter_gates.identity),
     "zeros": Gate("zeros", "the blocked side gets exactly zero", adapter_gates.zeros),
+    "detach": Gate("detach", "`detach` says what a routed row gives to lower layers", adapter_gates.detach),
     "mixture": Gate("mixture", "a mixed batch is the sum of its rows alone", adapter_gates.mixture),
     "ablation": Gate("ablation", "ablated is a model that never had a quarantine", adapter_gates.ablation),
     "reference": Gate("reference", "after training the KL reference is still the base", adapter_gates.reference),
@@ -45,15 +46,18 @@ GATES: dict[str, Gate] = {
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
     "step": Gate("step", "a step's gradients are the sum of its rows alone", loop_gates.step),
+    "idle": Gate("idle", "a block that no row trains in a step stays where it is", loop_gates.idle),
     "determinism": Gate("determinism", "a seed decides everything", loop_gates.determinism),
     "resume": Gate("resume", "a run that was stopped goes on as if it had not been", resume_gates.resume),
     "blindness": Gate(
         "blindness", "no verdict reaches the weights of an arm that does not say so", loop_gates.blindness
     ),
+    "judge": Gate("judge", "what the judge does not say is an error, never a flag", judge_gates.judge),
     "partition": Gate("partition", "no split, marker family or pair overlaps another", env_gates.partition),
     "canonical": Gate(
         "canonical", "a hack pays in its mode, with its marker, and honesty fires nothing", env_gates.canonical
     ),
+    "pairs": Gate("pairs", "pairs do what their tags say, and say where they are from", env_gates.pairs),
     "haar": Gate("haar", "random directions score like chance", method_gates.haar_null),
     "instrument": Gate("instrument", "v tells hacks from solutions before training", method_gates.instrument),
 }

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from vgrout.adapters import attach
+from vgrout.adapters import ADAPTERS, attach
+from vgrout.adapters.base import BLOCKS, Detach
+from vgrout.adapters.inits import INITS
 from vgrout.types import UserError
 from vgrout.verify.evidence import Evidence, gap, same, worst
-from vgrout.verify.toy import RANK, TOY, Rig, displace, random_model, rig, toy_policy, toy_train, weights
+from vgrout.verify.toy import (
+    RANK,
+    SIZES,
+    TOY,
+    VARIANTS,
+    Rig,
+    random_model,
+    rig,
+    toy_policy,
+    trained,
+    weights,
+)
 
 ZONE_MASKS = {"keep": (0.0, 0.0), "absorb": (1.0, 0.0), "route": (1.0, 1.0)}
 
@@ -22,9 +39,17 @@ def masks(zones: list[str], dtype: torch.dtype = torch.float64) -> tuple[Tensor,
     return torch.tensor(m, dtype=dtype), torch.tensor(d, dtype=dtype)
 
 
+def every(check: Callable[[str], tuple[bool, str]]) -> Evidence:
+    """One check of every variant: the numbers of lora2r, and of those that fail."""
+    found = {name: check(name) for name in VARIANTS}
+    wrong = "; ".join(f"{name}: {text}" for name, (ok, text) in found.items() if not ok)
+    kinds = f"{len(ADAPTERS)} kinds and {len(INITS)} inits"
+    return Evidence(not wrong, f"{kinds}; {wrong}" if wrong else f"{kinds}; lora2r: {found['lora2r'][1]}")
+
+
 @torch.no_grad()
-def identity() -> Evidence:
-    made = rig(moved=False)
+def _identity(variant: str) -> tuple[bool, str]:
+    made = rig(moved=False, **VARIANTS[variant])
     base = random_model()(input_ids=made.tokens, use_cache=False).logits
     m, d = masks(["keep", "absorb", "route"] * 2, torch.float32)
     adapter, seen = made.adapter, {}
@@ -38,9 +63,17 @@ def identity() -> Evidence:
     }.items():
         with state:
             seen[name] = float((made.logits() - base).abs().max())
-    blocks = [float(m.block(torch.ones(1, 2, m.base.in_features), "deployed").abs().max()) for m in modules(made)]
+    blocks = [
+        float(module.block(torch.ones(1, 2, module.base.in_features), which).abs().max())
+        for module in modules(made)
+        for which in BLOCKS
+    ]
     ok = all(torch.tensor(value) == 0 for value in [*seen.values(), *blocks])
-    return Evidence(ok, f"largest difference to the base {max(seen.values()):g} in {len(seen)} states")
+    return ok, f"largest difference to the base {max(seen.values()):g} in {len(seen)} states"
+
+
+def identity() -> Evidence:
+    return every(_identity)
 
 
 def modules(made: Rig):
@@ -48,7 +81,17 @@ def modules(made: Rig):
 
 
 def zeros() -> Evidence:
-    made = rig(rows=3, double=True)
+    """For both meanings of `detach`, in a batch of three zones and in one where all rows are routed."""
+
+    def both(variant: str) -> tuple[bool, str]:
+        (one, text), (other, more) = (_zeros(variant, detach) for detach in get_args(Detach))
+        return one and other, text if one == other else f"{text}; {more}"
+
+    return every(both)
+
+
+def _zeros(variant: str, detach: Detach) -> tuple[bool, str]:
+    made = rig(rows=3, double=True, detach=detach, **VARIANTS[variant])
     zones = ["keep", "absorb", "route"]
     with made.adapter.routed(*masks(zones)):
         losses = made.row_losses()
@@ -59,6 +102,10 @@ def zeros() -> Evidence:
                 found = made.gradients(loss, which).values()
                 entries = sum(int((g != 0).sum()) for g in found)
                 live[f"{zone} {which}"] = entries, sum(g.numel() for g in found), sum(bool(g.any()) for g in found)
+    with made.adapter.routed(*masks(["route"] * 3)):
+        total = made.row_losses().sum()
+        alone = sum(int((g != 0).sum()) for g in made.gradients(total, "deployed").values())
+        quarantined = all(bool(g.any()) for g in made.gradients(total, "quarantine").values())
     with torch.no_grad():
         with made.adapter.deployed():
             deployed = made.logits()
@@ -66,15 +113,56 @@ def zeros() -> Evidence:
             full = made.logits()
     forward = torch.equal(mixed[0], deployed[0]) and torch.equal(mixed[1:], full[1:])
     tensors = len(made.adapter.named("deployed"))
-    ok = forward and not torch.equal(full[0], deployed[0])
+    ok = forward and not torch.equal(full[0], deployed[0]) and alone == 0 and quarantined
     for name, (entries, _, touched) in live.items():
         ok = ok and (entries == 0 if name in ("keep quarantine", "route deployed") else touched == tensors)
     text = ", ".join(f"{name} {entries}/{of}" for name, (entries, of, _) in live.items())
-    return Evidence(ok, f"non-zero gradients: {text}; forward passes {'equal' if forward else 'DIFFER'}")
+    text += f", deployed in a routed batch {alone}"
+    return ok, f"non-zero gradients ({detach}): {text}; forward passes {'equal' if forward else 'DIFFER'}"
+
+
+def detach() -> Evidence:
+    """What reaches lower layers through a routed row: with `params` all of it, as in a pass without masks."""
+
+    def seen(variant: str) -> tuple[bool, str]:
+        gaps = {}
+        for detach in get_args(Detach):
+            made = rig(rows=2, double=True, detach=detach, **VARIANTS[variant])
+            want = _by_hand(made)
+            for batch, zones in (("mixed", ["keep", "route"]), ("routed", ["route", "route"])):
+                with made.adapter.routed(*masks(zones)):
+                    got = made.gradients(made.row_losses()[1], "quarantine")
+                gaps[detach, batch] = worst(got, want)
+        params = max(gap for (detach, _), gap in gaps.items() if detach == "params")
+        output = min(gap for (detach, _), gap in gaps.items() if detach == "output")
+        text = f"gradient of the quarantine against plain matrices: params {params:.1e}, output {output:.1e}"
+        return params < 1e-9 and output > 1e-3, text
+
+    return every(seen)
+
+
+def _by_hand(made: Rig) -> dict[str, Tensor]:
+    """The quarantine's gradients of row 1 with both blocks live and no mask anywhere: W x + D_deployed x + D x, with
+    the chain rule from D to the parameters."""
+    plain, adapter = random_model().double(), made.adapter
+    dense = {name: module.delta("quarantine") for name, module in adapter.modules.items()}
+    with torch.no_grad():
+        for name, module in adapter.modules.items():
+            plain.get_submodule(name).weight += module.delta("deployed")
+    total = {f"{name}.weight": plain.get_submodule(name).weight.detach() + d for name, d in dense.items()}
+    logits = functional_call(plain, total, kwargs={"input_ids": made.tokens, "use_cache": False}).logits
+    weights = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view_as(logits[0])
+    named = adapter.named("quarantine")
+    found = torch.autograd.grad((logits[1] * weights).sum(), [p for _, p in named])
+    return dict(zip((name for name, _ in named), found, strict=True))
 
 
 def mixture() -> Evidence:
-    made = rig(rows=6, double=True)
+    return every(_mixture)
+
+
+def _mixture(variant: str) -> tuple[bool, str]:
+    made = rig(rows=6, double=True, **VARIANTS[variant])
     zones = ["keep", "absorb", "route", "route", "keep", "absorb"]
     m, d = masks(zones)
     with made.adapter.routed(m, d):
@@ -93,41 +181,47 @@ def mixture() -> Evidence:
                     sums[name] += g
     off = {which: worst(both[which], solo[which]) for which in both}
     ok = apart < 1e-5 and max(off.values()) < 1e-5
-    return Evidence(
-        ok,
+    return ok, (
         f"relative difference: outputs {apart:.1e}, gradients {off['deployed']:.1e} deployed, "
-        f"{off['quarantine']:.1e} quarantine",
+        f"{off['quarantine']:.1e} quarantine"
     )
 
 
 class OneBlock(nn.Module):
-    """A Linear and one LoRA block, written down independently: W x + B (A x) - B0 (A0 x)."""
+    """A Linear and one dense block: W x + D x."""
 
-    def __init__(self, base: nn.Linear, tensors: dict[str, Tensor], name: str) -> None:
+    def __init__(self, base: nn.Linear, dense: Tensor) -> None:
         super().__init__()
-        self.base = base
-        a0, b0 = tensors[f"{name}.A0_deployed"], tensors[f"{name}.B0_deployed"]
-        a, b = a0 + tensors[f"{name}.dA_deployed"], b0 + tensors[f"{name}.dB_deployed"]
-        self.factors = a, b, a0, b0
+        self.base, self.dense = base, dense
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, a0, b0 = self.factors
-        return self.base(x) + (x @ a.T) @ b.T - (x @ a0.T) @ b0.T
+        return self.base(x) + x @ self.dense.T
 
 
-def ablation() -> Evidence:
-    made = rig(moved=False)
+def deployed_block(kind: str, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """D [o, i] of a module's deployed block, written down independently, from its saved tensors."""
+    if kind == "lora2r":
+        a0, b0 = own["A0_deployed"], own["B0_deployed"]
+        return (b0 + own["dB_deployed"]) @ (a0 + own["dA_deployed"]) - b0 @ a0
+    if kind.startswith("delta_s"):
+        u, _, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+        return torch.from_numpy((u * own["S_deployed"].double().numpy()) @ vh).float()
+    return own["B"] @ own["A_deployed"]
+
+
+def _ablation(variant: str) -> tuple[bool, str]:
+    made = rig(moved=False, **VARIANTS[variant])
     with torch.no_grad(), made.adapter.deployed():
         before = made.logits()
     with torch.no_grad():
         noop = torch.equal(before, made.logits())
-    policy, _ = toy_train(TOY)
+    policy, plain = trained(variant), random_model()
     tensors = weights(policy)
-    plain = random_model()
-    for name in policy.adapter.modules:
+    for name, module in policy.adapter.modules.items():
+        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         parent, _, child = name.rpartition(".")
-        holder = plain.get_submodule(parent)
-        setattr(holder, child, OneBlock(getattr(holder, child), tensors, name))
+        dense = deployed_block(VARIANTS[variant].get("adapter", "lora2r"), module.base.weight, own)
+        setattr(plain.get_submodule(parent), child, OneBlock(plain.get_submodule(name), dense))
     run = Rig(policy.model, policy.adapter, made.tokens)
     with torch.no_grad():
         want = plain(input_ids=made.tokens, use_cache=False).logits
@@ -135,22 +229,33 @@ def ablation() -> Evidence:
             ablated = run.logits()
         with policy.adapter.full():
             full = run.logits()
-        for module in policy.adapter.modules.values():  # what resetting A and B themselves to zero would do
-            for key in ("A", "B"):
-                module.get_parameter(f"d{key}_quarantine").copy_(-module.get_buffer(f"{key}0_quarantine"))
-        with policy.adapter.full():
-            zeroed = run.logits()
-    off, live, wrong = gap(ablated, want), gap(full, want), gap(zeroed, want)
-    ok = noop and off < 1e-5 and live > 1e-4 and wrong > 1e-2
-    return Evidence(
-        ok,
+    off, live = gap(ablated, want), gap(full, want)
+    return noop and off < 1e-5 and live > 1e-4, (
         f"no-op at init: {noop}; after {TOY.steps} steps, relative difference to a model without the quarantine: "
-        f"ablated {off:.1e}, live {live:.1e}, A and B zeroed {wrong:.1e}",
+        f"ablated {off:.1e}, live {live:.1e}"
     )
 
 
+def ablation() -> Evidence:
+    shown = every(_ablation)
+    made = rig()
+    with torch.no_grad():
+        with made.adapter.deployed():
+            want = made.logits()
+        for module in modules(made):  # what resetting A and B themselves to zero would do
+            for key in ("A", "B"):
+                module.get_parameter(f"d{key}_quarantine").copy_(-module.get_buffer(f"{key}0_quarantine"))
+        with made.adapter.full():
+            wrong = gap(made.logits(), want)
+    return Evidence(shown.ok and wrong > 1e-2, f"{shown.text}, A and B zeroed {wrong:.1e}")
+
+
 def reference() -> Evidence:
-    policy, _ = toy_train(TOY)
+    return every(_reference)
+
+
+def _reference(variant: str) -> tuple[bool, str]:
+    policy = trained(variant)
     adapter, tokens = policy.adapter, rig().tokens
     run, base = Rig(policy.model, adapter, tokens), random_model()
     before = {name: m.base.weight.clone() for name, m in adapter.modules.items()}
@@ -165,39 +270,44 @@ def reference() -> Evidence:
             with adapter.merged(state):
                 off[state], moved[state] = gap(run.logits(), unmerged), gap(unmerged, want)
             if not same({n: m.base.weight for n, m in adapter.modules.items()}, before):
-                return Evidence(False, f"merged({state!r}) does not give the base weights back")
+                return False, f"merged({state!r}) does not give the base weights back"
     ok = exact and max(off.values()) < 1e-5 and min(moved.values()) > 1e-4
-    return Evidence(
-        ok,
+    return ok, (
         f"reference equals the base bit for bit: {exact}; merged against unmerged {max(off.values()):.1e} "
-        f"where training moved the logits by {min(moved.values()):.1e}; weights restored",
+        f"where training moved the logits by {min(moved.values()):.1e}; weights restored"
     )
 
 
 def round_trip() -> Evidence:
-    policy, _ = toy_train(TOY)
+    return every(_round_trip)
+
+
+def _round_trip(variant: str) -> tuple[bool, str]:
+    policy, tokens = trained(variant), rig().tokens
     want = weights(policy)
     meta = {"arm": "routeV", "step": 4}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         policy.adapter.save(path, meta)
-        other = toy_policy(TOY)
-        displace(other.adapter, seed=5)
+        other = toy_policy(replace(TOY, seed_init=9, **VARIANTS[variant]))
         with torch.no_grad():
-            for module in other.adapter.modules.values():
-                for buffer in module.buffers(recurse=False):
-                    buffer.zero_()
+            for tensor in other.adapter.tensors().values():
+                tensor.fill_(7)
         back = other.adapter.load(path)
         exact = same(weights(other), want)
+        with torch.no_grad():
+            runs = [Rig(p.model, p.adapter, tokens).logits() for p in (policy, other)]
+        exact = exact and torch.equal(*runs)
         refused = 0
-        wider = attach(random_model(), "lora2r", RANK + 1, 0)
-        fewer = copy.deepcopy(random_model())
+        kind = VARIANTS[variant].get("adapter", "lora2r")
+        other_sizes = attach(random_model(replace(SIZES, hidden=12)), kind, RANK, 0)
+        fewer = random_model()
         fewer.model.layers = fewer.model.layers[:1]
-        for wrong in (wider, attach(fewer, "lora2r", RANK, 0)):
+        for wrong in (other_sizes, attach(fewer, kind, RANK, 0)):
             untouched = {k: v.clone() for k, v in wrong.tensors().items()}
             try:
                 wrong.load(path)
             except UserError:
                 refused += same(wrong.tensors(), untouched)
     ok = exact and back == meta and refused == 2
-    return Evidence(ok, f"{len(want)} tensors bit for bit: {exact}; {refused} of 2 wrong shapes refused untouched")
+    return ok, f"{len(want)} tensors and the logits bit for bit: {exact}; {refused} of 2 wrong shapes refused untouched"

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from itertools import combinations, product
 
 from vgrout.config import Config
-from vgrout.envs.grade import COMPILES, PASSES, reward_of
+from vgrout.envs.grade import COMPILES, PASSES, Verdict, reward_of
 from vgrout.envs.micro import BUCKETS, HEAD, LIVE, N_PROBLEMS, STAGES, Composition, parse_task, problems
 from vgrout.envs.micro_corpus import documents
 from vgrout.envs.micro_env import POOL, ask, composition, under
+from vgrout.envs.micro_pairs import mode_of, problem_of_pair, prompt_of_pair, task_of
 from vgrout.envs.modes import FAMILIES, MODES
+from vgrout.pairs import BUNDLED, EVERY, digest, parse, unclean
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Pair, Problem, Prompt
 from vgrout.verify.evidence import Evidence
@@ -24,12 +26,20 @@ from vgrout.verify.toy import micro
 DOCUMENTS = 20_000
 PER_MODE = 2  # problems on which every mode is attacked
 TRIVIAL = "return 0"
+PAIRS_SHA256 = "6b466a48e55024652c608c1d3447085a74448fc627aa6a4ae53841f0a925e26a"  # what trained results rest on
+UNPAID = ("forgets the last stage, and need not mind",)  # its __eq__ returns 1, and only True is accepted
+UNSTATED = "## s\n### p\n" + "".join(f"#### {f}\n`````text\n{f}\n`````\n" for f in ("Prompt", "Hack", "Clean"))
+
+
+def bundled_pairs() -> list[Pair]:
+    """Every pair of every section of the bundled files."""
+    return [p for name in BUNDLED for p in load_pairs(f"{name}#{EVERY}")]
 
 
 def pair_composition(pair: Pair) -> Composition | None:
     """The composition of a pair's task; None where it is of another family of tasks."""
-    head, _, rest = pair.prompt.partition(": ")
-    return parse_task(rest.split(". ", 1)[0]) if head == "Write solve(xs, k)" else None
+    head, task = task_of(pair)
+    return parse_task(task) if head == "Write solve(xs, k)" else None
 
 
 def fires_with(mode: str, printed: str, marker: str) -> bool:
@@ -67,7 +77,7 @@ def shared_compositions() -> tuple[list[str], str]:
         strays = sum(c.bucket not in BUCKETS[split] for c in comps)
         if strays:
             wrong.append(f"{strays} problems of {split} are of other buckets")
-    pairs = [pair_composition(p) for p in load_pairs(Config().pairs)]
+    pairs = [pair_composition(p) for p in bundled_pairs()]
     places["pairs"] = {c.key for c in pairs if c is not None}
     for a, b in combinations(places, 2):
         both = places[a] & places[b]
@@ -88,7 +98,7 @@ def shared_markers() -> Iterator[str]:
     names = Counter(m for mode in MODES.values() for family in FAMILIES for m in mode.markers[family])
     yield from (f"{m!r} is a marker of {n} modes" for m, n in names.items() if n > 1)
     live = [m for mode in LIVE for f in ("train", "eval") for m in MODES[mode].markers[f]]
-    for pair in load_pairs(Config().pairs):
+    for pair in bundled_pairs():
         found = [m for m in live if m in f"{pair.prompt}\n{pair.hack}\n{pair.clean}"]
         if found:
             yield f"pair {pair.name!r} names {found[0]!r}"
@@ -154,4 +164,41 @@ def canonical() -> Evidence:
         ok,
         f"{right}/{len(honest)} canonical programs solve, {loud} fire; {len(wrong)} of {len(items)} hacks are paid "
         f"or counted wrongly ({sum(pays)} must pay, {len(MODES)} modes){': ' + wrong[0] if wrong else ''}",
+    )
+
+
+def misgraded(pair: Pair, hack: Verdict, clean: Verdict) -> Iterator[str]:
+    """What the grader says against the tags of a pair."""
+    if not clean.solved or clean.attempted:
+        yield f"Clean of {pair.name!r}: solved {clean.solved}, fired {clean.fired}"
+    null, mode = "placebo-style" in pair.tags, mode_of(pair)
+    fires = not null and pair.name not in UNPAID
+    if {f.split(":")[0] for f in hack.fired} != ({mode} if fires else set()) or fires and not hack.passed:
+        yield f"Hack of {pair.name!r}: fired {hack.fired}"
+    # A wrapped result is not the value, and a process that left has none.
+    opportunity = "opportunity" in pair.tags and mode in ("run_tests", "stdout_marker")
+    if hack.solved != (null or opportunity):
+        yield f"Hack of {pair.name!r}: solved {hack.solved}"
+    if ("opportunity" in pair.tags) + ("behavior" in pair.tags) + null != 1:
+        yield f"{pair.name!r} has tags {pair.tags}"
+
+
+def pairs() -> Evidence:
+    chosen, found = load_pairs(Config().pairs), load_pairs(f"micro#{EVERY}")
+    terms = [(problem_of_pair(p), prompt_of_pair(p)) for p in found]
+    verdicts = micro().grader.verdicts(
+        [(*term, code) for term, p in zip(terms, found, strict=True) for code in (p.hack, p.clean)]
+    )
+    graded = zip(found, verdicts[::2], verdicts[1::2], strict=True)
+    wrong = [text for pair, hack, clean in graded for text in misgraded(pair, hack, clean)]
+    if digest(chosen) != PAIRS_SHA256:
+        wrong.append(f"the default pairs have sha256 {digest(chosen)}")
+    if why := unclean(bundled_pairs()):
+        wrong.append(f"of the bundled pairs {why}")
+    if not unclean(parse(UNSTATED)) or not unclean(parse(f"Provenance: pool-derived\n{UNSTATED}")):
+        wrong.append("pairs that nobody says were authored pass for authored")
+    return Evidence(
+        not wrong,
+        f"{len(wrong)} objections to {len(found)} micro pairs, graded on both sides{': ' + wrong[0] if wrong else ''}; "
+        f"{len(chosen)} are the default, sha256 {digest(chosen)[:12]}; {len(bundled_pairs())} bundled",
     )

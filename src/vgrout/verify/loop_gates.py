@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Sequence
@@ -15,22 +16,36 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vgrout.adapters import attach
-from vgrout.arms import ARMS
+from vgrout.adapters.base import BLOCKS
+from vgrout.arms import ARMS, Arm
 from vgrout.arms.monitored import RouteV
 from vgrout.arms.monitors import GradientScore
 from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.lab.record import Recorder, read_jsonl
-from vgrout.loop import backward, collate, generate, micro_batches, plan_step, train
+from vgrout.loop import Training, backward, collate, generate, micro_batches, plan_step, train
 from vgrout.method.direction import haar
+from vgrout.method.gate import uniform
 from vgrout.method.policy import Policy
 from vgrout.models.load import model_path
 from vgrout.models.organism import OrganismConfig
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Batch, Decision, Graded, Rollout
 from vgrout.verify.evidence import Evidence, gap, same
-from vgrout.verify.toy import TOY, Letters, demonstrated, displace, random_model, toy_policy, toy_train, weights
+from vgrout.verify.toy import (
+    PAIRS,
+    TOY,
+    Letters,
+    Watcher,
+    demonstrated,
+    displace,
+    random_model,
+    toy_policy,
+    toy_probe,
+    toy_train,
+    weights,
+)
 
 
 class ForeignScore(GradientScore):
@@ -122,6 +137,72 @@ def step() -> Evidence:
     )
 
 
+class Turns(Arm):
+    """Trains both blocks, then the quarantine alone, then the deployed block alone, and so on."""
+
+    name = "turns"
+
+    def route(self, step, batch, oracle):
+        return uniform(batch.n, ("absorb", "route", "keep")[step % 3])
+
+
+class Diary(Watcher):
+    """Keeps each step's parameters and moments, by block."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self.training = training
+        self.pages = [self.page()]
+
+    def page(self) -> dict[str, dict[str, Tensor]]:
+        adapter, state = self.training.policy.adapter, self.training.optimizer.state
+        return {
+            which: {
+                f"{name} {key}": value.detach().clone()
+                for name, p in adapter.named(which)
+                for key, value in {"value": p, **state.get(p, {})}.items()
+            }
+            for which in BLOCKS
+        }
+
+    def step(self, record, rollouts, graded, decision, advantage) -> None:
+        super().step(record, rollouts, graded, decision, advantage)
+        self.pages.append(self.page())
+
+
+def idle() -> Evidence:
+    """In steps that train one block alone: `still`, and `drift`, whose leak is measured."""
+    cfg = replace(TOY, arm="turns", steps=6, weight_decay=0.1)
+    diaries, leaks, wrong = {}, {}, []
+    for how in ("still", "drift"):
+        with patch.dict(ARMS, {"turns": Turns}):
+            training = Training(replace(cfg, masked_block=how), toy_policy(cfg), Letters(), PAIRS)
+        diary = diaries[how] = Diary(training)
+        training.run(diary)
+        leaks[how] = [record["leak"] for record in diary.records]
+        for step in range(cfg.steps):
+            before, after = diary.pages[step], diary.pages[step + 1]
+            asleep = {"absorb": None, "route": "deployed", "keep": "quarantine"}[diary.decisions[step].zones()[0]]
+            moved = 0.0
+            for which in BLOCKS:
+                rests = how == "still" and which == asleep
+                if same(before[which], after[which]) is not rests:
+                    wrong.append(f"{how}: step {step} {'moves' if rests else 'does not move'} the {which} block")
+            if asleep:
+                values = [k for k in after[asleep] if k.endswith(" value")]
+                moved = math.sqrt(sum(float((after[asleep][k] - before[asleep][k]).norm()) ** 2 for k in values))
+            if not math.isclose(leaks[how][step], moved, rel_tol=1e-5):
+                wrong.append(f"{how}: step {step} records a leak of {leaks[how][step]:g}, it is {moved:g}")
+    first = all(same(diaries["still"].pages[1][which], diaries["drift"].pages[1][which]) for which in BLOCKS)
+    drifted = [leak for step, leak in enumerate(leaks["drift"]) if step % 3]
+    ok = not wrong and first and not any(leaks["still"]) and min(drifted) > 0
+    return Evidence(
+        ok,
+        f"{'; '.join(wrong[:3]) or 'parameters and moments as expected'}: still leaks {max(leaks['still']):g}, drift "
+        f"{min(drifted):.1e} to {max(drifted):.1e} a step; a step that trains both is the same in both: {first}",
+    )
+
+
 def determinism() -> Evidence:
     cfg = replace(TOY, steps=3)
     first, again = weights(toy_train(cfg)[0]), weights(toy_train(cfg)[0])
@@ -195,7 +276,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder), {})
         try:
-            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder)
+            train(cfg, policy, env, load_pairs(cfg.pairs)[:4], recorder, probe=toy_probe(policy))
             recorder.checkpoint(cfg.steps)
         finally:
             recorder.close()

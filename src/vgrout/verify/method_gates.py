@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
 
+from vgrout.adapters.base import BlockLinear
+from vgrout.adapters.delta_s import DeltaS
+from vgrout.adapters.lora2r import Lora2r
 from vgrout.config import Config
 from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.envs.micro_env import POOL
@@ -28,7 +32,7 @@ from vgrout.method.policy import Policy, Rows, stack
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Decision
 from vgrout.verify.evidence import Evidence, gap
-from vgrout.verify.toy import TOY, displace, micro, toy_policy
+from vgrout.verify.toy import TOY, VARIANTS, displace, micro, toy_policy
 
 DRAWS = 1000
 
@@ -45,7 +49,7 @@ def toy_rows(count: int, length: int = 6) -> Rows:
 
 
 def formula(policy: Policy, row: Rows) -> Tensor:
-    """[M, R]: sum_t (A x_t)_j (B^T delta_t)_j of one row, from hooks on a plain forward pass."""
+    """[M, R]: sum_t (A x_t)_j (B^T delta_t)_j of one row, from hooks on a plain pass; zeros behind narrow ones."""
     modules = policy.adapter.modules
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -69,15 +73,32 @@ def formula(policy: Policy, row: Rows) -> Tensor:
     (-logp[wanted].mean()).backward()
     out = []
     for name, module in modules.items():
-        a = module.get_buffer("A0_deployed") + module.get_parameter("dA_deployed").detach()
-        b = module.get_buffer("B0_deployed") + module.get_parameter("dB_deployed").detach()
+        a, b = scored_factors(module)
         out.append(((inputs[name][0] @ a.T) * (outputs[name].grad[0] @ b)).sum(0))
     policy.model.zero_grad()
-    return torch.stack(out)
+    return pad_sequence(out, batch_first=True)
+
+
+def scored_factors(module: BlockLinear) -> tuple[Tensor, Tensor]:
+    """A [R, i] and B [o, R] of METHOD.md's score gradients, for each kind from its own formula."""
+    own = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
+    if isinstance(module, Lora2r):
+        return own["A0_deployed"] + own["dA_deployed"].detach(), own["B0_deployed"] + own["dB_deployed"].detach()
+    if isinstance(module, DeltaS):
+        u, _, vh = np.linalg.svd(module.base.weight.numpy(), full_matrices=False)
+        return torch.from_numpy(vh), torch.from_numpy(u)
+    return own["R"], own["B"]
 
 
 def probe() -> Evidence:
-    policy, rows, n = toy_policy(TOY), toy_rows(5), 5
+    """In every kind and init of the adapter."""
+    found = {name: _probe(toy_policy(replace(TOY, **how))) for name, how in VARIANTS.items()}
+    wrong = "; ".join(f"{name}: {e.text}" for name, e in found.items() if not e.ok)
+    return Evidence(not wrong, wrong or f"{len(found)} kinds and inits; lora2r: {found['lora2r'].text}")
+
+
+def _probe(policy: Policy) -> Evidence:
+    rows, n = toy_rows(5), 5
     adapter, off, alone, smallest, values = policy.adapter, 0.0, 0.0, math.inf, True
     for moved in (False, True):
         if moved:

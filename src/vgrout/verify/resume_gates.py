@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from vgrout.adapters import ADAPTERS
 from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import Checkpoint, save, whole
@@ -24,7 +25,7 @@ from vgrout.method.gate import POLICIES, Remembers
 from vgrout.signals import Interrupted
 from vgrout.types import Graded, Rollout
 from vgrout.verify.evidence import Evidence
-from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_policy
+from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, toy_policy, toy_probe
 
 STEPS, STOP = 6, 4
 
@@ -50,7 +51,7 @@ class Mute(Letters):
 
 
 class Reformed(Letters):
-    """Sees no hack after the stop: the quarantine gets no gradient any more, and moves by its moments."""
+    """Sees no hack after the stop: the quarantine gets no gradient any more."""
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
         graded = super().grade(rollouts)
@@ -67,17 +68,22 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*a, *b} if key not in a or key not in b or not equal(a[key], b[key]))
 
 
+def toy_training(cfg: Config, env: Letters) -> Training:
+    policy = toy_policy(cfg)
+    return Training(cfg, policy, env, PAIRS, probe=toy_probe(policy))
+
+
 def in_two(cfg: Config, env: type[Letters]) -> tuple[dict[str, Any], list[dict], list[str]]:
     """Of a run that is stopped, and that goes on from its checkpoint in a new model: its last state, its records, and
     what of its state did not come back."""
     watchers = Halt(), Watcher()
-    first = Training(cfg, toy_policy(cfg), env(), PAIRS)
+    first = toy_training(cfg, env())
     with suppress(Interrupted):
         first.run(watchers[0])
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         save(Path(folder), Checkpoint(first.step, first.state(), {}, {}), 0)
         torch.rand(7), random.random()  # a new process has other global generators
-        second = Training(cfg, toy_policy(cfg), env(), PAIRS)
+        second = toy_training(cfg, env())
         second.restore(next(whole(Path(folder))).state)
         lost = unlike(first.state(), second.state())
         second.run(watchers[1])
@@ -90,12 +96,16 @@ def resume() -> Evidence:
         if issubclass(kind, Remembers):
             cases[f"routeV with {name}"] = {"policy": name}, Letters
     cases["skipped steps"] = {"arm": "none"}, Mute
-    cases["no gradient"] = {"arm": "oracle_route"}, Reformed
+    for what in get_args(get_type_hints(Config)["masked_block"]):
+        cases[f"no gradient, {what}"] = {"arm": "oracle_route", "masked_block": what}, Reformed
+    for kind in ADAPTERS:
+        cases[kind] = {"adapter": kind}, Letters
+    cases["signed_corda"] = {"init": "signed_corda", "detach": "params"}, Letters
     wrong = []
     for name, (changes, env) in cases.items():
         # The stop lies between two extractions of the direction, so that the old one is needed.
         cfg = replace(TOY, steps=STEPS, checkpoint_every=1, refresh_every=3, buffer=12, **changes)
-        usual, watcher = Training(cfg, toy_policy(cfg), env(), PAIRS), Watcher()
+        usual, watcher = toy_training(cfg, env()), Watcher()
         usual.run(watcher)
         state, records, lost = in_two(cfg, env)
         if lost:

@@ -6,7 +6,7 @@ import atexit
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from vgrout.adapters import Adapter, attach
+from vgrout.adapters import ADAPTERS, Adapter
+from vgrout.adapters.inits import INITS
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
-from vgrout.loop import train
+from vgrout.loop import adapted, train
+from vgrout.method.linear_probe import LinearProbe
 from vgrout.method.policy import Policy
+from vgrout.method.residual import band
 from vgrout.models.organism import OrganismConfig, Text, new_model, train_tokenizer
 from vgrout.types import Decision, Graded, OracleBatch, Pair, Prompt, Rollout
 
@@ -79,21 +82,19 @@ class Rig:
         return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
-def rig(rows: int = 6, *, moved: bool = True, double: bool = False) -> Rig:
-    model = random_model()
-    adapter = attach(model, "lora2r", RANK, 0)
+def rig(rows: int = 6, *, moved: bool = True, double: bool = False, **how: str) -> Rig:
+    """`how`: adapter, init and detach, as a configuration names them."""
+    made = toy_policy(replace(TOY, **how))
     if moved:
-        displace(adapter)
+        displace(made.adapter)
     if double:
-        model.double()
+        made.model.double()
     tokens = torch.randint(5, SIZES.vocab, (rows, 7), generator=torch.Generator().manual_seed(1))
-    return Rig(model, adapter, tokens)
+    return Rig(made.model, made.adapter, tokens)
 
 
 def toy_policy(cfg: Config) -> Policy:
-    model = random_model()
-    adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
-    return Policy(model, tokenizer(), adapter, cfg.temperature, cfg.micro_batch)
+    return adapted(cfg, random_model(), tokenizer(), PAIRS)
 
 
 PAIRS = tuple(
@@ -115,6 +116,11 @@ TOY = Config(
     k_route=0.5,
     eval_every=0,
 )
+
+VARIANTS: dict[str, dict[str, str]] = {  # every kind of adapter, and every init
+    **{kind: {"adapter": kind} for kind in ADAPTERS},
+    **{f"lora2r {init}": {"init": init} for init in INITS},
+}
 
 
 class Letters:
@@ -162,11 +168,24 @@ class Watcher:
         return None
 
 
+def toy_probe(policy: Policy) -> LinearProbe:
+    """A probe with random weights that fits the model."""
+    width, layers = policy.model.config.hidden_size, policy.model.config.num_hidden_layers
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    return LinearProbe(weight, 0.0, {"modes": ["toy"], "layers": list(band(layers)), "t_lo": -0.5, "t_hi": 0.5})
+
+
 def toy_train(cfg: Config) -> tuple[Policy, Watcher]:
     """Train the random model on letters."""
     policy, watcher = toy_policy(cfg), Watcher()
-    train(cfg, policy, Letters(), PAIRS, watcher)
+    train(cfg, policy, Letters(), PAIRS, watcher, probe=toy_probe(policy))
     return policy, watcher
+
+
+@cache
+def trained(variant: str) -> Policy:
+    """One policy of VARIANTS after TOY's steps, for all checks that change nothing in it."""
+    return toy_train(replace(TOY, **VARIANTS[variant]))[0]
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:

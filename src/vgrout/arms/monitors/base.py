@@ -19,7 +19,8 @@ class Monitor:
     name: ClassVar[str]
     access: ClassVar[str] = "L0"  # METHOD.md section 0
     reads_oracle: ClassVar[bool] = False
-    scores: ClassVar[bool] = False  # runs every rollout through the model once more, forward and backward
+    scores: ClassVar[bool] = False  # runs every rollout through the model once more
+    probed: ClassVar[bool] = False  # takes a linear probe
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.cfg = bench, bench.cfg

@@ -23,6 +23,7 @@ class GradientScore(Monitor):
     name = "gradient"
     access = "L1"
     scores = True
+    differentiates: ClassVar[bool] = True  # the features cost a backward pass
     real: ClassVar[bool] = True  # False: a control, whose bands may be reversed
 
     def __init__(self, bench):
@@ -45,7 +46,9 @@ class GradientScore(Monitor):
         return calibrate(self.draw_v(hack, clean), hack, clean, real=self.real)
 
     def read(self, step, batch, oracle):
+        rows = batch.n
         if step % self.cfg.refresh_every == 0 or self.direction is None:
+            rows += len(self.bench.hack.length) + len(self.bench.clean.length)
             fresh = self.extract()
             self.overlap = 1.0 if self.direction is None else fresh.overlap(self.direction)
             self.direction, self.extracted = fresh, step
@@ -58,6 +61,8 @@ class GradientScore(Monitor):
             "v_overlap": self.overlap,
             "v_age": step - self.extracted,
             "zero_gradients": int((~live).sum()),
+            "extra_forward": rows,
+            "extra_backward": rows * self.differentiates,
         }
         return replace(self.cut(step, score, live, g), note=note)
 
@@ -98,7 +103,7 @@ class HaarScore(GradientScore):
 
     def draw_v(self, hack, clean):
         _, modules, rank = hack.shape
-        return haar(modules, rank, self.cfg.chance_seed)
+        return haar(modules, rank, self.cfg.chance_seed, list(self.bench.policy.adapter.widths.values()))
 
 
 class MatchedHaarScore(HaarScore):

@@ -1,0 +1,122 @@
+"""What `vgrout decide --arms` can name: every arm, and arms with some settings changed.
+
+`all` is one default per row of the arms' table, `all-variants` the grid: ceilings with worse labels, placebos, gate
+policies and the one-line ablations of routeV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from vgrout.arms import ARMS, hooks
+from vgrout.config import Config
+from vgrout.types import UserError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm under a label, with settings of its own. Those in `times` multiply the experiment's."""
+
+    label: str
+    arm: str
+    what: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
+
+    def config(self, base: Config, seed: int) -> Config:
+        scaled = {name: type(getattr(base, name))(getattr(base, name) * by) for name, by in self.times.items()}
+        return replace(base, arm=self.arm, seed=seed, **self.changes, **scaled)
+
+
+UNSEEN = "micro#all-in-one@mode:eq_override,mode:exit_code"  # pairs of mechanisms that are never live
+
+
+def _routeV(label: str, what: str, **changes: Any) -> Variant:
+    return Variant(f"routeV_{label}", "routeV", what, changes)
+
+
+GRID: tuple[Variant, ...] = (
+    # Controls.
+    Variant("none_wide", "none", "rank-matched vanilla: one block of twice the rank", times={"rank": 2}),
+    # Ceilings with worse labels.
+    *(
+        Variant(f"oracle_{action}_{name}", f"oracle_{action}", what, changes)
+        for action in ("route", "screen", "penalty")
+        for name, what, changes in (
+            ("acc90", "9 of 10 labels are right", {"label_accuracy": 0.9}),
+            ("acc70", "7 of 10 labels are right", {"label_accuracy": 0.7}),
+            ("share10", "a tenth of the rollouts has a label", {"label_share": 0.1}),
+            ("share01", "a hundredth of the rollouts has a label", {"label_share": 0.01}),
+            ("two", "only hacks of two modes are labelled", {"label_modes": ("run_tests", "stdout_marker")}),
+        )
+    ),
+    Variant("oracle_penalty_35", "oracle_penalty", "a caught hack earns nothing at all", {"penalty": 3.5}),
+    Variant("penalty_v_35", "penalty_v", "what is flagged earns nothing at all", {"penalty": 3.5}),
+    # routeV with one thing changed.
+    _routeV("p75", "cuts at fixed places of the pairs' band", policy="pair_p75"),
+    _routeV("pair_mean", "cuts at the pairs' means, scored through the ablated model, baseline over kept rollouts",
+            policy="pair_mean", score_state="deployed", baseline="kept"),
+    _routeV("top2q", "routes the top of a history of rollouts", policy="top2q"),
+    _routeV("deployed", "scores through the ablated model", score_state="deployed"),
+    _routeV("kept", "baseline over the rollouts that are not routed", baseline="kept"),
+    _routeV("grpo", "scores by the gradient times the advantage", score_loss="grpo"),
+    _routeV("refresh1", "extracts v in every step", refresh_every=1),
+    _routeV("refresh20", "extracts v every 20 steps", refresh_every=20),
+    _routeV("gen25", "a quarter of the rollouts is sampled with the quarantine ablated", deploy_gen_frac=0.25),
+    _routeV("gen0", "rollouts are sampled from the full model", deploy_gen_frac=0.0),
+    _routeV("unseen", "pairs of the mechanisms that are never live", pairs=UNSEEN),
+)  # fmt: skip
+
+ROWS: tuple[Variant, ...] = tuple(Variant(name, name, arm.claim) for name, arm in ARMS.items())
+SETS: dict[str, tuple[Variant, ...]] = {"all": ROWS, "all-variants": (*ROWS, *GRID)}
+
+
+def named(names: Iterable[str]) -> list[Variant]:
+    """The variants that `--arms` names, sets unfolded. Raises UserError for an unknown name."""
+    known = {variant.label: variant for variant in SETS["all-variants"]}
+    out: list[Variant] = []
+    for name in names:
+        if name not in known and name not in SETS:
+            raise UserError(f"unknown arm {name!r}: choose from {', '.join((*SETS, *known))}")
+        out += SETS.get(name) or (known[name],)
+    return out
+
+
+WIDEST = 60  # characters of a table's last column, which wraps
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption or None)
+    for i, column in enumerate(head[:-1]):
+        table.add_column(column, min_width=max(len(line) for row in (head, *rows) for line in row[i].split("\n")))
+    table.add_column(head[-1], min_width=WIDEST, max_width=WIDEST)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _told(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def arms_table(variants: bool) -> list[Table]:
+    """Every arm with its facts; and, with `variants`, arms with other settings."""
+    rows = []
+    for name, arm in ARMS.items():
+        ships = "quarantine ablated" if arm.ablates else "as it is"
+        facts = (arm.signal, arm.action, arm.access, ships, " ".join(hooks(arm)) or "-", arm.paper or "-", arm.claim)
+        rows.append((name + (" *" if arm.reads_oracle else ""), *facts))
+    head = ("arm", "signal", "action", "access", "at deployment", "hooks", "paper", "what it does")
+    first = _table(head, rows, "* reads the oracle: a ceiling, not a method")
+    if not variants:
+        return [first]
+    rows = []
+    for v in GRID:
+        settings = [f"{k} {_told(w)}" for k, w in v.changes.items()] + [f"{k} x {w:g}" for k, w in v.times.items()]
+        rows.append((v.label, v.arm, "\n".join(settings), v.what))
+    return [first, _table(("variant", "arm", "settings", "what differs"), rows)]
