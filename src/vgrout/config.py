@@ -152,6 +152,17 @@ class Config:
     where others are screened or penalised."""
     label_modes: tuple[str, ...] = ()
     """Oracle arms: loopholes whose hacks are labelled, the others pass for honest; all when none is named."""
+    erase_gate: Literal["one_sided", "no_gate", "reverse"] = "one_sided"
+    """erase arms: what the gradient loses of its component c along an axis. one_sided: relu(c), c > 0 being hackward;
+    no_gate: c; reverse: 2c, so that it points the other way."""
+    erase_axes: int = 1
+    """erase arms: axes of a tensor that is a vector, at most as many as there are pairs. A matrix loses one."""
+    subspace_axes: int = 8
+    """trusted_subspace: axes k of each module's weight change that gradients may use."""
+    sft_steps: int = 20
+    """trusted_subspace and seeded arms: AdamW steps over all pairs before training."""
+    sft_lr: float = 2e-3
+    """Their learning rate, constant."""
 
     judge_url: str = ""
     """Judge arms: base address of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or the client's default."""
@@ -292,11 +303,11 @@ def _mistyped(value: Any, hint: Any) -> str:
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
         "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads"
-        " judge_concurrency",
+        " judge_concurrency erase_axes subspace_axes sft_steps",
         lambda v: v >= 1,
         "give a positive whole number",
     ),
-    ("temperature eval_temperature lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
+    ("temperature eval_temperature lr sft_lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
     ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
         "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries",

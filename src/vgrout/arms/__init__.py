@@ -5,6 +5,8 @@ from __future__ import annotations
 from vgrout.arms.advantage import AdvantageHaar, AdvantageModification
 from vgrout.arms.base import HOOKS, Arm, Bench, Given
 from vgrout.arms.controls import Absorb, None2r, RlBaseline
+from vgrout.arms.erase import Erase, EraseRandom
+from vgrout.arms.inoculation import Inoculation, InoculationExcuse, InoculationInstruct, InoculationRouteV
 from vgrout.arms.monitored import (
     CoinFlip,
     JudgePenalty,
@@ -25,7 +27,9 @@ from vgrout.arms.monitored import (
     ScreenA,
     ScreenV,
 )
+from vgrout.arms.seeded import SeededAbsorb, SeededAbsorbClean, SeededAbsorbRandom, SeededRouteV
 from vgrout.arms.steering import Steer, Suppress
+from vgrout.arms.subspace import TrustedSubspace
 
 ARMS: dict[str, type[Arm]] = {
     "none": Arm,  # vanilla GRPO, one block
@@ -38,6 +42,17 @@ ARMS: dict[str, type[Arm]] = {
     "routeV": RouteV,  # routing by the pairs' direction
     "screen_v": ScreenV,  # screening by it
     "penalty_v": PenaltyV,  # a penalty by it
+    "erase": Erase,  # the pairs' direction taken out of the gradient
+    "erase_random": EraseRandom,  # a random one
+    "trusted_subspace": TrustedSubspace,  # gradients held to what clean completions move
+    "inoculation": Inoculation,  # the training prompt permits the hack
+    "inoculation_excuse": InoculationExcuse,  # excuses it
+    "inoculation_instruct": InoculationInstruct,  # asks for it
+    "inoculation_routeV": InoculationRouteV,  # permits it, and routes
+    "seeded_absorb": SeededAbsorb,  # the quarantine learnt the pairs' hacks beforehand
+    "seeded_absorb_random": SeededAbsorbRandom,  # it was moved at random
+    "seeded_absorb_clean": SeededAbsorbClean,  # it learnt their clean sides
+    "seeded_routeV": SeededRouteV,  # learnt hacks, and routes
     "routeA": RouteA,  # routing by the direction of the pairs' bottleneck activations
     "screen_a": ScreenA,  # screening by it
     "penalty_a": PenaltyA,  # a penalty by it

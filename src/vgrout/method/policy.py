@@ -219,3 +219,35 @@ class Policy:
                 for m, (_, a) in enumerate(factors):
                     out[index, m, : len(a)] = F.linear((share @ seen[m].float())[:, 0], a.float())
         return out
+
+    def nll(self, rows: Rows) -> Float[Tensor, N]:
+        """Mean NLL in nats of each row's completion tokens under the adapter's present state."""
+        return -self.logp(rows).sum(1) / rows.completion.sum(1)
+
+    def nll_gradients(
+        self, rows: Rows, weight: Float[Tensor, N], which: str
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """sum_i weight_i (mean completion NLL of row i), and its gradient for each tensor of a block, by name.
+
+        For the deployed block the quarantine is ablated; for the quarantine both blocks run and the deployed one is
+        cut. `grad` of the parameters is left alone. Where memory is short the micro-batches are smaller. Raises
+        OutOfMemory where not even one row fits.
+        """
+        n = len(rows.length)
+        names, parameters = zip(*self.adapter.named(which), strict=True)
+        live = (
+            self.adapter.deployed if which == "deployed" else lambda: self.adapter.routed(torch.ones(1), torch.ones(1))
+        )
+
+        def in_batches(size: int) -> tuple[Tensor, list[Tensor]]:
+            value, total = torch.zeros(()), [torch.zeros_like(p) for p in parameters]
+            for index in torch.argsort(rows.length, stable=True).split(size):
+                with live():
+                    loss = (weight[index] * self.nll(rows.take(index))).sum()
+                    found = torch.autograd.grad(loss, parameters)
+                value = value + loss.detach()
+                total = [t + g for t, g in zip(total, found, strict=True)]
+            return value, total
+
+        value, total = fitting(min(self.micro_batch, n), "the pairs' gradients", in_batches)
+        return value, dict(zip(names, total, strict=True))
