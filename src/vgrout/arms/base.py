@@ -57,6 +57,7 @@ class Arm:
     ablates: ClassVar[bool] = True  # the quarantine is ablated at deployment
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
     yoked: ClassVar[Literal["", "takes", "needs"]] = ""  # follows the counts of a routeV run, where there is one
+    pairs_tag: ClassVar[str] = ""  # every pair must carry it; pairs with the tag of an arm are for that arm alone
     baseline: ClassVar[str] = ""  # rows whose mean reward is subtracted, where the configuration does not decide it
 
     def __init__(self, bench: Bench) -> None:

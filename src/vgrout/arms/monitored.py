@@ -16,7 +16,16 @@ from typing import ClassVar
 import torch
 
 from vgrout.arms.base import Arm, part
-from vgrout.arms.monitors import Coin, GradientScore, HaarScore, Labels, MatchedHaarScore, Monitor
+from vgrout.arms.monitors import (
+    Coin,
+    GradientScore,
+    HaarScore,
+    Labels,
+    MatchedHaarScore,
+    Monitor,
+    ShuffledScore,
+    StyleScore,
+)
 from vgrout.config import Config
 from vgrout.types import Decision
 
@@ -96,6 +105,19 @@ class PlaceboMatched(Monitored):
     claim = "routes by a Haar-random direction, in each step as many rollouts as the paired routeV run"
     monitor = MatchedHaarScore
     yoked = "needs"
+
+
+class PlaceboShuffled(Monitored):
+    name = "placebo_shuffled"
+    claim = "routeV with the sides of a random half of the pairs exchanged, one draw per run"
+    monitor = ShuffledScore
+
+
+class PlaceboStyle(Monitored):
+    name = "placebo_style"
+    claim = "routeV with a direction from pairs of two honest solutions"
+    monitor = StyleScore
+    pairs_tag = "placebo-style"
 
 
 class CoinFlip(Monitored):

@@ -12,6 +12,7 @@ evals.jsonl          rates of the small evaluations on validation problems; thei
 eval.json            the final evaluation on test problems; with it the run is finished
 adapter.safetensors  both blocks and their inits
 checkpoints/         states from which the run goes on, see lab/checkpoint.py
+trace/               what the gate scored in every `trace_every`-th step, see lab/trace.py
 skipped/             the batches of steps that moved nothing because a loss or gradient was not finite
 timing.json          seconds so far; nothing else depends on the clock
 .vgrout              says that vgrout made the folder: only such a one is ever replaced. Whoever writes locks it
@@ -43,6 +44,8 @@ from vgrout.faults import is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, write
 from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, summaries, summary
 from vgrout.lab.measure import auroc, f_beta
+from vgrout.lab.trace import FOLDER as TRACES
+from vgrout.lab.trace import discard_from, save_trace
 from vgrout.loop import collate
 from vgrout.method.policy import Policy
 from vgrout.signals import held
@@ -207,6 +210,7 @@ class Recorder:
         replace_file(out / "config.json", cfg.to_json())
         replace_file(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
         self._logs = {name: Log(out / f"{name}.jsonl", 0 if start is None else start.logs[name]) for name in LOGS}
+        discard_from(out / TRACES, 0 if start is None else start.step)
         self.sizes = self._sizes()  # of the logs, when the last whole step was recorded
 
     def _sizes(self) -> dict[str, int]:
@@ -223,9 +227,19 @@ class Recorder:
             extra = {"reward": g.reward, "advantage": a, "zone": zone, "flagged": flagged, "score": score}
             extra["step"] = record["step"]
             self._rollout(r, "train", extra, g.sealed)
+        if self.cfg.trace_every and record["step"] % self.cfg.trace_every == 0:
+            self._trace(record["step"], rollouts, decision)
         if record["skipped"] and rollouts:
             self._dump(record["step"], rollouts, graded, decision, advantage)
         self.sizes = self._sizes()
+
+    def _trace(self, step: int, rollouts: Sequence[Rollout], decision: Decision) -> None:
+        facts = {key: getattr(self.cfg, key) for key in ("arm", "score_state", "score_loss", "pairs")}
+        facts["modules"] = list(self.policy.adapter.modules)
+        try:
+            save_trace(self.out / TRACES, step, [r.id for r in rollouts], decision, facts)
+        except OSError as error:
+            warn(f"cannot write the trace of step {step}: {error.strerror or error}")
 
     def _dump(self, step: int, rollouts, graded, decision: Decision, advantage) -> None:
         """The batch of a step whose loss or gradient was not finite, to look into."""
