@@ -160,7 +160,7 @@ class Config:
     checkpoint_keep: int = 0
     """Checkpoints at multiples of this step stay for good; 0: the newest three stay and no others."""
     trace_every: int = 0
-    """Every so many steps the run keeps what its gate scored, in trace/; 0: never. Only arms that score have a trace."""
+    """Every so many steps the run keeps what its gate scored, in trace/; 0: never. Arms that score have a trace."""
     entropy_floor: float = 0.005
     """The run stops when its entropy in nats per token, averaged over ten steps, falls below this. Healthy micro runs
     stay above .02."""
@@ -262,7 +262,8 @@ def _mistyped(value: Any, hint: Any) -> str:
 
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
-        "steps prompts group max_new rank micro_batch warmup refresh_every buffer direction_axes eval_small eval_rollouts threads",
+        "steps prompts group max_new rank micro_batch warmup refresh_every direction_axes buffer eval_small "
+        "eval_rollouts threads",
         lambda v: v >= 1,
         "give a positive whole number",
     ),

@@ -33,7 +33,7 @@ class DirectionError(RunFailed):
 
 @dataclass(frozen=True)
 class Direction:
-    """Unit rows v, or K orthonormal ones a module; the pair statistics that standardise a cosine; the pairs' own scores.
+    """Unit rows v, or K orthonormal ones a module; the pair statistics that standardise a cosine; the pairs' scores.
 
     `pairs` are the features that it was calibrated on, hack sides first: with them another v can be put in its place.
     """

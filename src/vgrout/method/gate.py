@@ -152,10 +152,10 @@ class Mixture:
 
         p(s) = (1 - pi) N(s; mu_0, sd) + pi N(s; mu_1, sd)            by expectation-maximisation
         t(p) = (mu_0 + mu_1)/2 + sd^2/(mu_1 - mu_0) (log (1-pi)/pi + log p/(1-p))
-    Above t(p) the posterior of the upper component exceeds p. It starts from the pairs' scores: mu_0 and mu_1 at the means
-    of their clean and hack sides, sd their pooled sd, pi one half. A mean stays between the quartiles of its own side, so
-    that the component of hacks cannot drift into the bulk when nothing hacks, nor that of solutions when everything
-    does. Where the pairs' bands leave no room between the components nothing is cut out: both thresholds are infinite.
+    Above t(p) the posterior of the upper component exceeds p. It starts from the pairs' scores: mu_0 and mu_1 at the
+    means of their clean and hack sides, sd their pooled sd, pi one half. A mean stays between the quartiles of its own
+    side, so that the component of hacks cannot drift into the bulk when nothing hacks, nor that of solutions when
+    everything does. Where that leaves no room between the two, nothing is flagged: both thresholds are infinite.
     """
 
     def __init__(self, cfg: Config) -> None:

@@ -45,7 +45,7 @@ def pooled_sd(sides: Sequence[Float[Tensor, C]]) -> float:
 
 
 def fit_mixture(x: Float[Tensor, N], means: Float[Tensor, "2"], bounds: Float[Tensor, "2 2"], sd: float) -> Normals:
-    """The components after STEPS steps from `means`, `sd` and equal shares, each mean kept in its `bounds` (low, high)."""
+    """The components after STEPS steps from `means`, `sd` and equal shares; each mean stays in its `bounds`."""
     mu, share, width = means.clamp(bounds[:, 0], bounds[:, 1]), 0.5, max(sd, 1e-6)
     least, most = width / WIDER, width * WIDER
     for _ in range(STEPS):
