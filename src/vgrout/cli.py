@@ -323,6 +323,63 @@ def commands(base: Config) -> dict:
         work()
         return 0
 
+    def direction_export(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Write the gate of a run, finished or interrupted, as a file of its own.
+
+        Args:
+            run: Folder of the run.
+            out: The file to write; gate.safetensors in the run's folder when not given.
+        """
+        from vgrout.lab.direction import export
+
+        console.print(f"{export(run, out)}")
+        return 0
+
+    def direction_check(
+        gate: tyro.conf.Positional[Path],
+        trace: tyro.conf.Positional[Path],
+        draws: int = 1000,
+        window: int = 30,
+        out: Path | None = None,
+    ) -> int:
+        """Judge a gate on a stored trace without training: AUROC, AP and F0.5 against random directions.
+
+        Args:
+            gate: A gate.safetensors.
+            trace: Folder of the run whose rollouts were traced (--trace-every).
+            draws: Random directions.
+            window: Steps that are judged together; 0: all of them only.
+            out: Also write the table to this JSON file.
+        """
+        from vgrout.lab.direction import show_check
+
+        show_check(gate, trace, draws, window, out, console)
+        return 0
+
+    def lab_ceiling(run: tyro.conf.Positional[Path]) -> int:
+        """What a direction fitted with the oracle's labels would score on a trace, beside v: a ceiling, not a method.
+
+        Args:
+            run: Folder of the run whose rollouts were traced (--trace-every).
+        """
+        from vgrout.lab.ceiling import show_ceiling
+
+        show_ceiling(run, console)
+        return 0
+
+    def lab_gates(runs: tyro.conf.Positional[tuple[Path, ...]], draws: int = 200, out: Path | None = None) -> int:
+        """What the gates of finished runs flagged: precision, recall, AUROC, before and after saturation.
+
+        Args:
+            runs: Folders of finished runs.
+            draws: Random directions that the AUROC is compared with.
+            out: Also write the table to this JSON file.
+        """
+        from vgrout.lab.gates import show_gates
+
+        show_gates(runs, draws, out, console)
+        return 0
+
     return {
         "decide": decide,
         "show": show,
@@ -341,6 +398,10 @@ def commands(base: Config) -> dict:
         "probe fit": probe_fit,
         "pairs lint": pairs_lint,
         "pairs audit": pairs_audit,
+        "direction export": direction_export,
+        "direction check": direction_check,
+        "lab ceiling": lab_ceiling,
+        "lab gates": lab_gates,
     }
 
 

@@ -100,7 +100,12 @@ class Config:
     teacher_n: int = 1
     """Hack demonstrations per group in the teacher phase, and as many solutions. 0: no demonstrations."""
 
-    policy: Literal["pair_p75", "pair_mean", "batch_std", "top2q"] = "batch_std"
+    direction: Literal["v_grad", "svd", "orthogonal"] = "v_grad"
+    """What is extracted from the pairs: the mean difference of their c-gradients; the `direction_axes` main axes of
+    the differences; or the mean difference without what the clean sides share."""
+    direction_axes: int = 2
+    """svd: axes per module."""
+    policy: Literal["pair_p75", "pair_mean", "batch_std", "top2q", "ema_quantile", "mixture"] = "batch_std"
     """Gate policy: how scores become keep, absorb and route."""
     t_lo: float = 0.25
     """pair_ policies: absorb above this, in band units."""
@@ -111,9 +116,15 @@ class Config:
     k_route: float = 1.0
     """batch_std: route above mean + k_route sd."""
     q: float = 0.15
-    """top2q: share routed, and share absorbed below it."""
+    """top2q, ema_quantile: share routed, and share absorbed below it."""
     buffer: int = 512
-    """top2q: rollouts in the history."""
+    """top2q, ema_quantile: rollouts in the history."""
+    half_life: float = 96.0
+    """ema_quantile: rollouts after which one in the history has half of its weight. METHOD.md section 3."""
+    p_absorb: float = 0.5
+    """mixture: absorb where a rollout belongs to the hack component with more than this probability."""
+    p_route: float = 0.8
+    """mixture: route above this probability."""
     score_loss: Literal["nll", "grpo"] = "nll"
     """Loss whose gradient is scored; grpo multiplies it by the advantage."""
     score_state: Literal["full", "deployed"] = "full"
@@ -198,6 +209,8 @@ class Config:
     """Steps between checkpoints; 0: only after the last step and when a signal ends the run."""
     checkpoint_keep: int = 0
     """Checkpoints at multiples of this step stay for good; 0: the newest three stay and no others."""
+    trace_every: int = 0
+    """Every so many steps the run keeps what its gate scored, in trace/; 0: never. Arms that score have a trace."""
     entropy_floor: float = 0.005
     """The run stops when its entropy in nats per token, averaged over ten steps, falls below this. Healthy micro runs
     stay above .02."""
@@ -217,7 +230,7 @@ class Config:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise UserError(f"{name} = {getattr(self, name)}: {instead}")
-        for low, high in (("t_lo", "t_hi"), ("k_mid", "k_route")):
+        for low, high in (("t_lo", "t_hi"), ("k_mid", "k_route"), ("p_absorb", "p_route")):
             if getattr(self, low) > getattr(self, high):
                 raise UserError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}")
         for name, holds, instead in PLAIN:  # what stands there instead may be a secret: it is not shown
@@ -303,14 +316,18 @@ def _mistyped(value: Any, hint: Any) -> str:
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
         "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads"
-        " judge_concurrency erase_axes subspace_axes sft_steps",
+        " direction_axes judge_concurrency erase_axes subspace_axes sft_steps",
         lambda v: v >= 1,
         "give a positive whole number",
     ),
-    ("temperature eval_temperature lr sft_lr clip kl_ceiling judge_timeout", lambda v: v > 0, "give a positive number"),
+    (
+        "temperature eval_temperature lr sft_lr clip kl_ceiling judge_timeout half_life",
+        lambda v: v > 0,
+        "give a positive number",
+    ),
     ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
-        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries",
+        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries trace_every",
         lambda v: v >= 0,
         "give no negative number",
     ),
@@ -320,6 +337,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give a share from 0 to 1",
     ),
     ("steer_strength", lambda v: v != 0, "give a number that is not 0"),
+    ("p_absorb p_route", lambda v: 0 < v < 1, "give a probability between 0 and 1"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
 )
 

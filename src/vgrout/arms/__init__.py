@@ -19,6 +19,8 @@ from vgrout.arms.monitored import (
     PenaltyV,
     Placebo,
     PlaceboMatched,
+    PlaceboShuffled,
+    PlaceboStyle,
     ProbePenalty,
     ProbeRoute,
     ProbeScreen,
@@ -39,6 +41,8 @@ ARMS: dict[str, type[Arm]] = {
     "coin_flip": CoinFlip,  # routing by chance
     "placebo": Placebo,  # routing by a random direction
     "placebo_matched": PlaceboMatched,  # the same, with the counts of a routeV run
+    "placebo_shuffled": PlaceboShuffled,  # routing by the direction of half-exchanged pairs
+    "placebo_style": PlaceboStyle,  # routing by the direction of pairs without a hack
     "routeV": RouteV,  # routing by the pairs' direction
     "screen_v": ScreenV,  # screening by it
     "penalty_v": PenaltyV,  # a penalty by it

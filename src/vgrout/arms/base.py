@@ -74,6 +74,7 @@ class Arm:
     loophole: ClassVar[bool] = True  # trains where the loopholes are open
     needs: ClassVar[tuple[str, ...]] = ()  # fields of `Given` without which there is no such arm
     takes: ClassVar[tuple[str, ...]] = ()  # those that it uses where they are given
+    pairs_tag: ClassVar[str] = ""  # every pair must carry it; pairs with the tag of an arm are for that arm alone
     baseline: ClassVar[str] = ""  # rows whose mean reward is subtracted, where the configuration does not decide it
 
     def __init__(self, bench: Bench) -> None:

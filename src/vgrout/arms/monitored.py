@@ -26,6 +26,8 @@ from vgrout.arms.monitors import (
     Monitor,
     Opinion,
     Probe,
+    ShuffledScore,
+    StyleScore,
 )
 from vgrout.config import Config
 from vgrout.types import Decision
@@ -168,6 +170,19 @@ class PlaceboMatched(Monitored):
     name = "placebo_matched"
     claim = "routes by a Haar-random direction, in each step as many rollouts as the paired routeV run"
     monitor = MatchedHaarScore
+
+
+class PlaceboShuffled(Monitored):
+    name = "placebo_shuffled"
+    claim = "routeV with the sides of a random half of the pairs exchanged, one draw per run"
+    monitor = ShuffledScore
+
+
+class PlaceboStyle(Monitored):
+    name = "placebo_style"
+    claim = "routeV with a direction from pairs of two honest solutions"
+    monitor = StyleScore
+    pairs_tag = "placebo-style"
 
 
 class CoinFlip(Monitored):

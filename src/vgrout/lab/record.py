@@ -12,6 +12,8 @@ evals.jsonl          rates of the small evaluations on validation problems; thei
 eval.json            the final evaluation on test problems; with it the run is finished
 adapter.safetensors  both blocks and their inits
 checkpoints/         states from which the run goes on, see lab/checkpoint.py
+gate.safetensors     the gate of an arm that scores along a direction, see lab/gatefile.py
+trace/               what the gate scored in every `trace_every`-th step, see lab/trace.py
 skipped/             the batches of steps that moved nothing because a loss or gradient was not finite
 timing.json          seconds so far; nothing else depends on the clock
 .vgrout              says that vgrout made the folder: only such a one is ever replaced. Whoever writes locks it
@@ -42,7 +44,11 @@ from vgrout.envs.task import NoVerdict
 from vgrout.faults import is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, write
 from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, summaries, summary
+from vgrout.lab.gatefile import NAME as GATE
+from vgrout.lab.gatefile import direction_of, gate_meta, save_gate
 from vgrout.lab.measure import auroc, f_beta
+from vgrout.lab.trace import FOLDER as TRACES
+from vgrout.lab.trace import SCORING, discard_from, init_digest, save_trace
 from vgrout.loop import collate
 from vgrout.method.policy import Policy
 from vgrout.signals import held
@@ -195,7 +201,7 @@ class Recorder:
         start: Checkpoint | None = None,
     ) -> None:
         self.cfg, self.policy, self.env, self.out = cfg, policy, env, out
-        self.state, self.stamp = state, stamp or {}
+        self.state, self.stamp, self.provenance = state, stamp or {}, provenance
         self.ablates = ARMS[cfg.arm].ablates
         self.started, self.cpu = time.monotonic(), 0.0
         self.seconds: dict[str, float] = {"eval": 0.0, "total": 0.0, "cpu": 0.0}
@@ -207,6 +213,7 @@ class Recorder:
         replace_file(out / "config.json", cfg.to_json())
         replace_file(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
         self._logs = {name: Log(out / f"{name}.jsonl", 0 if start is None else start.logs[name]) for name in LOGS}
+        discard_from(out / TRACES, 0 if start is None else start.step)
         self.sizes = self._sizes()  # of the logs, when the last whole step was recorded
 
     def _sizes(self) -> dict[str, int]:
@@ -223,9 +230,29 @@ class Recorder:
             extra = {"reward": g.reward, "advantage": a, "zone": zone, "flagged": flagged, "score": score}
             extra["step"] = record["step"]
             self._rollout(r, "train", extra, g.sealed)
+        if self.cfg.trace_every and record["step"] % self.cfg.trace_every == 0:
+            self._trace(record["step"], rollouts, decision)
         if record["skipped"] and rollouts:
             self._dump(record["step"], rollouts, graded, decision, advantage)
         self.sizes = self._sizes()
+
+    def _trace(self, step: int, rollouts: Sequence[Rollout], decision: Decision) -> None:
+        adapter = self.policy.adapter
+        facts = {key: getattr(self.cfg, key) for key in ("arm", *SCORING)}
+        facts |= {"modules": list(adapter.modules), "init_sha256": init_digest(adapter)}
+        try:
+            save_trace(self.out / TRACES, step, [r.id for r in rollouts], decision, facts)
+        except OSError as error:
+            warn(f"cannot write the trace of step {step}: {error.strerror or error}")
+
+    def _gate(self) -> None:
+        """The gate as a file, where the arm has a direction. Raises OSError."""
+        direction = None if self.state is None else direction_of(self.state())
+        if direction is not None:
+            adapter, steps = self.policy.adapter, read_jsonl(self.out / "steps.jsonl")
+            last = steps[-1] if steps else None
+            meta = gate_meta(self.cfg, self.provenance, init_digest(adapter), list(adapter.modules), last)
+            save_gate(self.out / GATE, direction, meta)
 
     def _dump(self, step: int, rollouts, graded, decision: Decision, advantage) -> None:
         """The batch of a step whose loss or gradient was not finite, to look into."""
@@ -321,6 +348,7 @@ class Recorder:
             self.policy.adapter.save(part, meta)
             sync(part)
             os.replace(part, self.out / "adapter.safetensors")
+            self._gate()
             begun = time.monotonic()
             results = final(self.cfg, self.policy, self.env, ablates=self.ablates)
             for result in results:

@@ -67,9 +67,23 @@ def check(cfg: Config) -> None:
     watches = getattr(ARMS[cfg.arm], "monitor", None)
     if cfg.score_loss == "grpo" and watches is not None and issubclass(watches, ActivationScore):
         raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
-    load_pairs(cfg.pairs)
+    check_pairs(cfg)
     model_path(cfg.model)
     check_given(cfg)
+
+
+def check_pairs(cfg: Config) -> None:
+    """Raises UserError for pairs that are not for the arm: one that needs tagged pairs gets them alone, and no other
+    arm that scores gets any of them."""
+    pairs, arm = load_pairs(cfg.pairs), ARMS[cfg.arm]
+    if arm.pairs_tag and (bare := [p.name for p in pairs if arm.pairs_tag not in p.tags]):
+        raise UserError(
+            f"{cfg.arm} needs pairs that all have the tag {arm.pairs_tag}; in {cfg.pairs} {len(bare)} have not, "
+            f"{bare[0]!r} first"
+        )
+    tags = {other.pairs_tag for other in ARMS.values()} - {"", arm.pairs_tag}
+    if arm.scores and (foreign := [p.name for p in pairs if not tags.isdisjoint(p.tags)]):
+        raise UserError(f"{cfg.pairs}: {foreign[0]!r} holds no hack (tag {', '.join(tags)}): it is not for {cfg.arm}")
 
 
 def check_task(cfg: Config) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vgrout.arms.base import part
 from vgrout.arms.monitors.base import Monitor
-from vgrout.method.direction import Direction, calibrate, haar, v_grad
+from vgrout.method.direction import DIRECTIONS, Direction, calibrate, haar_like, half_swapped
 from vgrout.method.gate import POLICIES, Remembers, decide, ranked
 from vgrout.method.loss import advantages
 from vgrout.method.policy import Rows
@@ -36,9 +36,9 @@ class GradientScore(Monitor):
         """What is scored of each row; another kind of score replaces this and nothing else."""
         return self.bench.policy.c_gradients(rows, state)
 
-    def draw_v(self, hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"]) -> Float[Tensor, "M R"]:
+    def draw_v(self, hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"]) -> Float[Tensor, "M *K R"]:
         """The direction; a control replaces this and nothing else."""
-        return v_grad(hack, clean)
+        return DIRECTIONS[self.cfg.direction](hack, clean, self.cfg.direction_axes)
 
     def extract(self) -> Direction:
         """v and its bands from the pairs, with the quarantine ablated."""
@@ -64,7 +64,7 @@ class GradientScore(Monitor):
             "extra_forward": rows,
             "extra_backward": rows * self.differentiates,
         }
-        return replace(self.cut(step, score, live, g), note=note)
+        return replace(self.cut(step, score, live, g), note=note, features=g, direction=vars(self.direction))
 
     def cut(self, step: int, score: Float[Tensor, N], live: Tensor, g: Float[Tensor, "N M R"]) -> Decision:
         """Zones from scores. `live` marks the rows that have a gradient."""
@@ -102,8 +102,8 @@ class HaarScore(GradientScore):
     real = False
 
     def draw_v(self, hack, clean):
-        _, modules, rank = hack.shape
-        return haar(modules, rank, self.cfg.chance_seed, list(self.bench.policy.adapter.widths.values()))
+        widths = list(self.bench.policy.adapter.widths.values())
+        return haar_like(super().draw_v(hack, clean), self.cfg.chance_seed, widths)
 
 
 class MatchedHaarScore(HaarScore):
@@ -115,3 +115,22 @@ class MatchedHaarScore(HaarScore):
 
     def cut(self, step, score, live, g):
         return ranked(score, live, *self.bench.given.yoke[step])
+
+
+class ShuffledScore(GradientScore):
+    """v from the pairs with hack and clean side exchanged in a random half of them, the same half throughout a run.
+
+    Its length, modules and tokens are those of the pairs, what it says of hacking is left to chance."""
+
+    name = "shuffled"
+    real = False
+
+    def draw_v(self, hack, clean):
+        return super().draw_v(*half_swapped(hack, clean, self.cfg.chance_seed))
+
+
+class StyleScore(GradientScore):
+    """v from pairs of two honest solutions: what a direction from pairs does that knows of no hack."""
+
+    name = "style"
+    real = False
