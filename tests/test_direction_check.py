@@ -1,4 +1,4 @@
-"""Traces, gate files and what judges a direction on them: numbers by hand and by numpy, files that survive, refusals."""
+"""Traces, gate files and what judges a direction on them: numbers by hand and numpy, files that survive, refusals."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ PLANTED = (-1.0, 0.0, 2.0)
 
 
 def plant(out: Path, made: Path, shift: tuple[float, ...] = PLANTED) -> Path:
-    """The run as one of the micro world, whose hacks stand `shift` (in modules) along v: verdicts of 40 steps of eight."""
+    """The run as one of the micro world, whose hacks stand `shift` (in modules) along v: 40 steps of eight."""
     shutil.copytree(made, out)
     shutil.rmtree(out / "trace")
     cfg = replace(CFG, steps=40)

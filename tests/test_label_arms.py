@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vgrout.arms import ARMS
+from vgrout.arms import ARMS, Given
 from vgrout.arms.monitored import ACTIONS
 from vgrout.arms.monitors import Coin, Labels
 from vgrout.loop import Training, collate
@@ -225,13 +225,13 @@ def test_the_coin_has_its_shares_or_its_counts(policy):
     for zone, p in (("route", 0.3), ("absorb", 0.2), ("keep", 0.5)):
         n = sum(int(getattr(d, zone).sum()) for d in said)
         assert abs(n - 4000 * p) <= 5 * (4000 * p * (1 - p)) ** 0.5, zone
-    yoked = Coin(replace(made, yoke=[(3, 2), (0, 0), (90, 20)]))
+    yoked = Coin(replace(made, given=Given(yoke=[(3, 2), (0, 0), (90, 20)])))
     for step, want in enumerate(((3, 2, 95), (0, 0, 100), (90, 10, 0))):
         d = yoked.read(step, rows([0.0] * 100), None)
         assert (int(d.route.sum()), int(d.absorb.sum()), int(d.keep.sum())) == want and d.score is None
     assert (
         yoked.read(0, rows([0.0] * 100), None).zones()
-        != Coin(replace(yoked.bench, yoke=[(3, 2)] * 2)).read(1, rows([0.0] * 100), None).zones()
+        != Coin(replace(yoked.bench, given=Given(yoke=[(3, 2)] * 2))).read(1, rows([0.0] * 100), None).zones()
     )
 
 

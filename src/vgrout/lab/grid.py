@@ -27,17 +27,19 @@ class Variant:
     what: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
+    section: str = ""  # of the experiment's file of pairs, tags included; its own selection when not given
 
     def config(self, base: Config, seed: int) -> Config:
         scaled = {name: type(getattr(base, name))(getattr(base, name) * by) for name, by in self.times.items()}
-        return replace(base, arm=self.arm, seed=seed, **self.changes, **scaled)
+        pairs = f"{base.pairs.partition('#')[0]}#{self.section}" if self.section else base.pairs
+        return replace(base, **{"arm": self.arm, "seed": seed, "pairs": pairs, **self.changes, **scaled})
 
 
-UNSEEN = "micro#all-in-one@mode:eq_override,mode:exit_code"  # pairs of mechanisms that are never live
+UNSEEN = "all-in-one@mode:eq_override,mode:exit_code"  # pairs of mechanisms that are never live
 
 
-def _routeV(label: str, what: str, **changes: Any) -> Variant:
-    return Variant(f"routeV_{label}", "routeV", what, changes)
+def _routeV(label: str, what: str, section: str = "", **changes: Any) -> Variant:
+    return Variant(f"routeV_{label}", "routeV", what, changes, section=section)
 
 
 GRID: tuple[Variant, ...] = (
@@ -69,10 +71,13 @@ GRID: tuple[Variant, ...] = (
     _routeV("refresh20", "extracts v every 20 steps", refresh_every=20),
     _routeV("gen25", "a quarter of the rollouts is sampled with the quarantine ablated", deploy_gen_frac=0.25),
     _routeV("gen0", "rollouts are sampled from the full model", deploy_gen_frac=0.0),
-    _routeV("unseen", "pairs of the mechanisms that are never live", pairs=UNSEEN),
+    _routeV("unseen", "pairs of the mechanisms that are never live", section=UNSEEN),
 )  # fmt: skip
 
-ROWS: tuple[Variant, ...] = tuple(Variant(name, name, arm.claim) for name, arm in ARMS.items())
+SECTIONS = {"placebo_style": "nulls"}  # arms whose pairs are others than the experiment's
+ROWS: tuple[Variant, ...] = tuple(
+    Variant(name, name, arm.claim, section=SECTIONS.get(name, "")) for name, arm in ARMS.items()
+)
 SETS: dict[str, tuple[Variant, ...]] = {"all": ROWS, "all-variants": (*ROWS, *GRID)}
 
 
@@ -117,6 +122,7 @@ def arms_table(variants: bool) -> list[Table]:
         return [first]
     rows = []
     for v in GRID:
-        settings = [f"{k} {_told(w)}" for k, w in v.changes.items()] + [f"{k} x {w:g}" for k, w in v.times.items()]
+        settings = [f"pairs #{v.section}"] if v.section else []
+        settings += [f"{k} {_told(w)}" for k, w in v.changes.items()] + [f"{k} x {w:g}" for k, w in v.times.items()]
         rows.append((v.label, v.arm, "\n".join(settings), v.what))
     return [first, _table(("variant", "arm", "settings", "what differs"), rows)]

@@ -115,8 +115,8 @@ def haar(modules: int, rank: int, seed: int, widths: Sequence[int] = ()) -> Floa
 
 
 def haar_axes(modules: int, axes: int, rank: int, seed: int, widths: Sequence[int] = ()) -> Float[Tensor, "M K R"]:
-    """Orthonormal rows, uniform among all such K-tuples: Q of a Gaussian matrix, with R's diagonal positive. `widths` as
-    in `haar`."""
+    """Orthonormal rows, uniform among all such K-tuples: Q of a Gaussian matrix, with R's diagonal positive. `widths`
+    as in `haar`."""
     generator = torch.Generator().manual_seed(stream(seed, "haar"))
     drawn = torch.randn(modules, rank, axes, generator=generator)
     for module, width in zip(drawn, widths, strict=False):
