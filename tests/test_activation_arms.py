@@ -453,7 +453,7 @@ def test_cuts_by_hand():
     score, hack = [-3.0, -1.0, 0.0, 1.0, 2.0, 4.0], [False, False, True, False, True, True]
     assert best_cut(score, hack, 0.5) == 1.5  # precision: two of two, a hack is missed
     assert best_cut(score, hack, 2.0) == -0.5  # recall: all three, with one honest program
-    assert f_beta([s > 1.5 for s in score], hack, 0.5) == pytest.approx(1.25 * 2 / (2 + 0.25))
+    assert f_beta([s > 1.5 for s in score], hack, 0.5) == pytest.approx(1.25 * 2 / (1.25 * 2 + 0.25))
     with pytest.raises(UserError, match="same score"):
         best_cut([1.0, 1.0], [True, False], 0.5)
 
