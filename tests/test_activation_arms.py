@@ -28,17 +28,17 @@ from vgrout.lab.run import check, make_policy, probe_of, workshop
 from vgrout.loop import Training, collate, generate, make_bench, plan_step
 from vgrout.method.direction import DirectionError
 from vgrout.method.linear_probe import LinearProbe, load_probe
-from vgrout.method.policy import Policy, Rows, stack
+from vgrout.method.policy import Policy, Rows, pack, stack
 from vgrout.method.residual import POOLS, band, decoder_layers, edited, prompts_of, residuals
 from vgrout.models.load import load_model, weights_digest
 from vgrout.types import UserError
+from vgrout.verify.activation_gates import Hooks
 from vgrout.verify.method_gates import toy_rows
 from vgrout.verify.toy import (
     PAIRS,
     SIZES,
     TOY,
     Letters,
-    Watcher,
     displace,
     random_model,
     tokenizer,
@@ -65,38 +65,6 @@ def uneven_rows() -> Rows:
 
 
 # Activations.
-
-
-def inputs_of(policy: Policy, tokens: torch.Tensor, state: str) -> dict[str, np.ndarray]:
-    """What every module reads [L, i] in a plain forward pass of one row."""
-    inputs: dict[str, np.ndarray] = {}
-
-    def keep(module, args):
-        inputs[module.name] = args[0][0].double().numpy()
-
-    hooks = [module.register_forward_pre_hook(keep) for module in policy.adapter.modules.values()]
-    with policy.adapter.state(state):
-        policy.model(input_ids=tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return inputs
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("state", ["deployed", "full"])
-def test_activations_are_those_of_an_unmerged_pass(state):
-    """A x averaged token by token, from inputs that hooks see on a plain forward pass of each row alone."""
-    policy, rows = toy_policy(TOY), uneven_rows()
-    displace(policy.adapter)
-    got = policy.activations(rows, state)
-    for i, length in enumerate(rows.length.tolist()):
-        inputs = inputs_of(policy, rows.tokens[i : i + 1, :length], state)
-        on = rows.completion[i, :length].numpy()
-        for m, (name, module) in enumerate(policy.adapter.modules.items()):
-            a = (module.A0_deployed + module.dA_deployed).double().numpy()
-            want = np.mean([a @ inputs[name][t] for t in range(length) if on[t]], axis=0)
-            assert got[i, m].numpy() == pytest.approx(want, rel=1e-3, abs=1e-4), (i, name)
-    assert (got - policy.activations(rows, "full" if state == "deployed" else "deployed")).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -173,35 +141,10 @@ def test_a_model_without_decoder_layers_is_refused():
 
 # Advantage modification.
 
-REWARD = torch.tensor([3.5, 0.5, 3.5, 0.0, 3.5, 0.5])
-SCORE = torch.tensor([2.0, 0.0, -2.0, 0.25, 0.2, 0.3])
-GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
-
-
-def by_hand(form: str, a: float) -> list[float]:
-    out = []
-    for i in range(6):
-        own = [float(SCORE[j]) for j in range(6) if GROUP[j] == GROUP[i]]
-        mean = sum(own) / 3
-        sd = math.sqrt(sum((x - mean) ** 2 for x in own) / 3)
-        z, r = (float(SCORE[i]) - mean) / max(sd, 0.1), float(REWARD[i])
-        if form == "additive":
-            out.append(r - a * max(z, 0))
-        else:
-            factor = 1 - a / (1 + math.exp(-z)) if z > 0 else 1
-            out.append(r * (factor if form == "multiplicative" else max(0, factor)))
-    return out
-
-
-@pytest.mark.parametrize("form", ["additive", "multiplicative", "clipped"])
-@pytest.mark.parametrize("a", [0.5, 2.0])
-def test_advantage_forms_by_hand(form, a):
-    got = modified(REWARD, standing(SCORE, GROUP), form, a)
-    assert got.tolist() == pytest.approx(by_hand(form, a), rel=1e-5, abs=1e-6)
-
 
 def test_standing_by_hand():
-    z = standing(SCORE, GROUP).tolist()
+    score = torch.tensor([2.0, 0.0, -2.0, 0.25, 0.2, 0.3])
+    z = standing(score, torch.tensor([0, 0, 0, 1, 1, 1])).tolist()
     assert z[:3] == pytest.approx([1.224745, 0, -1.224745], abs=1e-6)  # sd 1.633
     assert z[3:] == pytest.approx([0, -0.5, 0.5], abs=1e-6)  # sd .041: the floor .1 holds
     assert standing(torch.tensor([0.1] * 7), torch.zeros(7, dtype=torch.long)).tolist() == [0.0] * 7
@@ -312,30 +255,17 @@ def test_suppression_leaves_nothing_along_d_and_all_else():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arm", ["suppress", "steer"])
-def test_samples_have_the_log_probabilities_of_the_edited_model(arm):
-    """Merged weights, cache and left padding in the engine; packed rows of shared prompts in the plain pass."""
-    cfg = replace(AFTER, arm=arm, ratio="sampler")
-    policy = toy_policy(cfg)
-    displace(policy.adapter)
-    run = Training(cfg, policy, Letters(), PAIRS)
-    with run.arm.around("sample"):
-        drawn = generate(cfg, run.engine, plan_step(cfg, Letters(), 0, loophole=True), 0, ablates=True)
-    batch = collate(drawn, [0.0] * len(drawn), policy.tokenizer.pad_token_id)
-    rows = Rows(batch.tokens, batch.completion, batch.length)
-    edits = {n: partial(run.arm.changed, d=d) for n, d in zip(run.arm.layers, run.arm.d, strict=True)}
+def test_edits_reach_packed_rows():
+    """Rows that share a prompt run behind one copy of it."""
+    policy, rows = deep_policy(), uneven_rows()
+    d = torch.randn(SIZES.hidden, generator=torch.Generator().manual_seed(4))
     with policy.adapter.deployed():
         plain = policy.logp(rows)
-        with edited(policy.model, edits):
-            under = policy.logp(rows)
-            apart = torch.cat([rows_logp(policy, rows, i) for i in range(batch.n)])
-        with run.arm.around("update"):
-            updating = policy.logp(rows)
-        assert torch.allclose(under, apart, atol=1e-4)  # packed rows equal rows alone
-        assert torch.equal(policy.logp(rows), plain)
-    assert (under - plain).abs().max() > 1e-2
-    sampled, trained = (under, plain) if arm == "suppress" else (plain, under)
-    assert torch.allclose(batch.logp_old, sampled, atol=1e-4) and torch.allclose(updating, trained, atol=1e-6)
+        with edited(policy.model, {3: partial(without, d=d)}):
+            packed = policy.logp(rows)
+            apart = torch.cat([rows_logp(policy, rows, i) for i in range(4)])
+    assert policy.packs and len(pack(rows).tokens) < 4
+    assert torch.allclose(packed, apart, atol=1e-4) and (packed - plain).abs().max() > 1e-2
 
 
 def rows_logp(policy: Policy, rows: Rows, i: int) -> torch.Tensor:
@@ -354,24 +284,6 @@ def test_steering_adds_its_share_of_the_pairs_difference():
     h = torch.randn(2, 3, SIZES.hidden)
     assert torch.allclose(arm.d, want, atol=1e-5)
     assert torch.allclose(arm.changed(h, arm.d[0]), h - 0.5 * want[0], atol=1e-5)
-
-
-class Hooks(Watcher):
-    """Counts forward hooks on decoder layers whenever the loop hands over to somebody else."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.policy, self.seen = policy, []
-
-    def count(self) -> int:
-        return sum(len(layer._forward_hooks) for layer in decoder_layers(self.policy.model))
-
-    def step(self, *args) -> None:
-        super().step(*args)
-        self.seen.append(self.count())
-
-    def evaluate(self, step: int) -> None:
-        self.seen.append(self.count())
 
 
 @pytest.mark.parametrize("arm", ["suppress", "steer"])
@@ -541,7 +453,7 @@ def test_cuts_by_hand():
     score, hack = [-3.0, -1.0, 0.0, 1.0, 2.0, 4.0], [False, False, True, False, True, True]
     assert best_cut(score, hack, 0.5) == 1.5  # precision: two of two, a hack is missed
     assert best_cut(score, hack, 2.0) == -0.5  # recall: all three, with one honest program
-    assert f_beta([s > 1.5 for s in score], hack, 0.5) == pytest.approx(1.25 * 2 / (2 + 0.25))
+    assert f_beta([s > 1.5 for s in score], hack, 0.5) == pytest.approx(1.25 * 2 / (1.25 * 2 + 0.25))
     with pytest.raises(UserError, match="same score"):
         best_cut([1.0, 1.0], [True, False], 0.5)
 

@@ -45,6 +45,10 @@ BAD = {
     "entropy_floor": [-0.1],
     "kl_ceiling": [0, float("inf")],
     "compile_floor": [1.1],
+    "adv_strength": [-1.0],
+    "adv_form": ["product"],
+    "adv_position": ["last"],
+    "steer_strength": [0, float("nan")],
 }
 
 

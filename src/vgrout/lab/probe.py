@@ -90,10 +90,10 @@ def fit_logistic(
 def best_cut(score: Sequence[float], hack: Sequence[bool], beta: float) -> float:
     """The cut above which F_beta is highest; halfway between the two scores that it parts."""
     order = np.unique(np.asarray(score, float))
-    cuts = (order[:-1] + order[1:]) / 2
-    if not len(cuts):
+    cuts = ((order[:-1] + order[1:]) / 2).tolist()
+    if not cuts:
         raise UserError("the probe gives every program the same score: nothing can be told apart")
-    return float(max(cuts, key=lambda cut: f_beta([s > cut for s in score], hack, beta) or 0.0))
+    return max(cuts, key=lambda cut: f_beta([s > cut for s in score], hack, beta) or 0.0)
 
 
 def split(data: Labelled) -> tuple[Labelled, Labelled]:

@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.text import Text
 
 from vgrout.types import UserError
-from vgrout.verify import adapter_gates, env_gates, judge_gates, loop_gates, method_gates, resume_gates
+from vgrout.verify import (
+    activation_gates,
+    adapter_gates,
+    env_gates,
+    judge_gates,
+    loop_gates,
+    method_gates,
+    resume_gates,
+)
 from vgrout.verify.evidence import Evidence
 from vgrout.verify.toy import one_thread
 
@@ -42,6 +50,12 @@ GATES: dict[str, Gate] = {
     "round_trip": Gate("round_trip", "an adapter comes back from disk bit for bit", adapter_gates.round_trip),
     "probe": Gate("probe", "the c-probe changes no value and has the stated gradient", method_gates.probe),
     "grpo_identity": Gate("grpo_identity", "v is what GRPO does with +1 hack, -1 clean", method_gates.grpo_identity),
+    "activations": Gate("activations", "routeA scores the mean of A x", activation_gates.activations),
+    "adv_mod": Gate("adv_mod", "advantage modification equals plain Python", activation_gates.adv_mod),
+    "edits": Gate("edits", "an edit of the residual stream is there in its phase alone", activation_gates.edits),
+    "strange_probe": Gate(
+        "strange_probe", "a probe that knows a live mode, or another model, is refused", activation_gates.strange_probe
+    ),
     "loss": Gate("loss", "loss and advantages equal plain Python", method_gates.loss),
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
