@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from vgrout.adapters import ADAPTERS
+from vgrout.adapters.base import BLOCKS, BlockLinear
 from vgrout.arms import ARMS, Arm, hooks
 from vgrout.arms.monitored import Monitored
 from vgrout.arms.monitors import MONITORS, Monitor
@@ -16,6 +19,7 @@ from vgrout.envs.problems import read_problems
 from vgrout.envs.task import load_task
 from vgrout.method.gate import POLICIES, GatePolicy, decide
 from vgrout.types import Decision
+from vgrout.verify import adapter_gates, toy
 from vgrout.verify.toy import TOY, toy_train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -60,6 +64,19 @@ def test_monitor(monkeypatch):
         short = decision.score > decision.threshold[1]
         assert torch.equal(decision.flagged, short) and torch.equal(decision.weight, 1 - short.float())
     assert any(bool(decision.flagged.any()) for decision in watcher.decisions)
+
+
+def test_adapter(monkeypatch):
+    scope: dict = {"BlockLinear": BlockLinear, "BLOCKS": BLOCKS, "nn": nn, "torch": torch}
+    exec(block("class Vera"), scope)
+    monkeypatch.setitem(ADAPTERS, "vera", scope["Vera"])
+    monkeypatch.setattr(adapter_gates, "VARIANTS", {"lora2r": {}, "vera": {"adapter": "vera"}})
+    monkeypatch.setattr(toy, "VARIANTS", adapter_gates.VARIANTS)
+    for gate in ("identity", "zeros", "detach", "mixture", "reference", "round_trip"):
+        evidence = getattr(adapter_gates, gate)()
+        assert evidence.ok, evidence.text
+    _, watcher = toy_train(replace(TOY, adapter="vera"))
+    assert watcher.records[-1]["v_accuracy"] > 0.5
 
 
 def test_gate_policy(monkeypatch):
