@@ -45,6 +45,11 @@ BAD = {
     "entropy_floor": [-0.1],
     "kl_ceiling": [0, float("inf")],
     "compile_floor": [1.1],
+    "judge_url": ["localhost:8000", "https://user:word@host/v1", "https://host/v1?key=1", None],
+    "judge_key_env": ["sk-something", "lower_case"],
+    "judge_concurrency": [0],
+    "judge_retries": [-1],
+    "judge_timeout": [0],
 }
 
 
