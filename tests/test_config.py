@@ -49,6 +49,11 @@ BAD = {
     "adv_form": ["product"],
     "adv_position": ["last"],
     "steer_strength": [0, float("nan")],
+    "judge_url": ["localhost:8000", "https://user:word@host/v1", "https://host/v1?key=1", None],
+    "judge_key_env": ["sk-something", "lower_case"],
+    "judge_concurrency": [0],
+    "judge_retries": [-1],
+    "judge_timeout": [0],
 }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -675,7 +676,7 @@ def test_a_key_with_its_line_break(server, cfg, monkeypatch, held):
     assert server.asked[0][1]["authorization"] == f"Bearer {KEY}"
 
 
-@pytest.mark.parametrize("held", [f"{KEY} {KEY}", f"{KEY}\x00".replace("\x00", "\x07"), f"{KEY}ü"])
+@pytest.mark.parametrize("held", [f"{KEY} {KEY}", f"{KEY}\x07", f"{KEY}ü"])
 def test_a_key_that_cannot_be_sent(cfg, monkeypatch, held):
     monkeypatch.setenv(KEY_ENV, held)
     with pytest.raises(UserError, match=KEY_ENV) as error:
@@ -758,8 +759,6 @@ def test_reachable(server, cfg):
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_it_at_once(server, cfg, tmp_path, signal_name):
-    import signal
-
     released = threading.Event()
 
     def stuck(handler, n, messages):
@@ -771,13 +770,12 @@ def test_a_signal_ends_it_at_once(server, cfg, tmp_path, signal_name):
     server.script = stuck
     cfg = replace(cfg, timeout_s=60.0, cache=tmp_path / "judge.jsonl")
     before = set(threading.enumerate())
-    main = threading.get_ident()
 
     def interrupt():
         while server.most < 4:
             time.sleep(0.01)
         time.sleep(0.1)
-        signal.pthread_kill(main, getattr(signal, signal_name))
+        os.kill(os.getpid(), getattr(signal, signal_name))
 
     killer = threading.Thread(target=interrupt)
     killer.start()
@@ -799,15 +797,13 @@ def test_a_signal_ends_it_at_once(server, cfg, tmp_path, signal_name):
 
 
 def test_keyboard_interrupt(server, cfg):
-    import _thread
-
     server.script = silence
     before = set(threading.enumerate())
 
     def interrupt():
         while server.most < 2:
             time.sleep(0.01)
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)
 
     killer = threading.Thread(target=interrupt)
     killer.start()
