@@ -298,7 +298,9 @@ def test_the_grpo_score_is_the_sign_of_the_advantage_times_the_nll_score():
     tokens = torch.randint(5, 200, (8, 9), generator=torch.Generator().manual_seed(0))
     on = torch.zeros(8, 9, dtype=torch.bool)
     on[:, 4:] = True
-    batch = Batch(tokens, on, torch.full((8,), 9), group, reward, torch.zeros(8, dtype=torch.bool), torch.zeros(8, 9), ())
+    batch = Batch(
+        tokens, on, torch.full((8,), 9), group, reward, torch.zeros(8, dtype=torch.bool), torch.zeros(8, 9), ()
+    )
     read = {k: ARMS["routeV"](make_bench(replace(cfg, score_loss=k), policy, PAIRS)).watch for k in ("nll", "grpo")}
     decisions = {k: watch.read(0, batch, None) for k, watch in read.items()}
     v, mean, sd = (decisions["nll"].direction[key] for key in ("v", "mean", "sd"))

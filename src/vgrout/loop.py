@@ -252,7 +252,7 @@ def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch)
 
 
-def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], given: Given) -> Bench:
+def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], given: Given = EMPTY) -> Bench:
     return Bench(cfg, policy, rows_of_pairs(policy, pairs, "hack"), rows_of_pairs(policy, pairs, "clean"), given)
 
 
