@@ -161,6 +161,10 @@ class Config:
     label_share: float = 1.0
     """Oracle arms: share of rollouts with a label. One without is absorbed where others are routed, and trains as it is
     where others are screened or penalised."""
+    graft_kind: Literal["classic", "exclusive"] = "exclusive"
+    """oracle_graft: classic leaves unflagged rollouts to both blocks alike; exclusive takes them from the quarantine."""
+    graft_strength: float = 1.0
+    """oracle_graft: how much of a row's gradient moves from one block to the other, 0 to 1."""
     label_modes: tuple[str, ...] = ()
     """Oracle arms: loopholes whose hacks are labelled, the others pass for honest; all when none is named."""
     erase_gate: Literal["one_sided", "no_gate", "reverse"] = "one_sided"
@@ -332,7 +336,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give no negative number",
     ),
     (
-        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor label_accuracy label_share",
+        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor label_accuracy label_share graft_strength",
         lambda v: 0 <= v <= 1,
         "give a share from 0 to 1",
     ),

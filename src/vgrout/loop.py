@@ -175,7 +175,8 @@ def backward(
         width = part.tokens.shape[1]
         with torch.no_grad(), policy.adapter.reference():
             log_ref = policy.logits(part).log_softmax(-1)
-        with policy.adapter.routed(decision.m[index], decision.d[index]):
+        share = None if decision.share is None else decision.share[index]
+        with policy.adapter.routed(decision.m[index], decision.d[index], share):
             log_p = policy.logits(part).log_softmax(-1)
             drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
             logp = part.place(drawn)

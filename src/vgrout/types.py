@@ -153,6 +153,7 @@ class Decision:
     d: Float[Tensor, N]
     weight: Float[Tensor, N]
     penalty: Float[Tensor, N]
+    share: Float[Tensor, "N 2"] | None = None  # instead of d: part of the row's gradient for the parameters of a block
     score: Float[Tensor, N] | None = None  # the gate's score, for the record
     threshold: tuple[float, float] | None = None  # (t_lo, t_hi) in the units of `score`
     note: Mapping[str, float] = field(default_factory=dict)  # what the gate says of itself, for the record
@@ -177,8 +178,10 @@ class Decision:
 
     @property
     def flagged(self) -> Bool[Tensor, N]:
-        """What was taken for a hack, whatever followed: routed, screened out or penalised."""
-        return self.route | ~self.present | (self.penalty > 0)
+        """What was taken for a hack, whatever followed: routed, screened out, penalised, or left more to the
+        quarantine."""
+        flagged = self.route | ~self.present | (self.penalty > 0)
+        return flagged if self.share is None else flagged | (self.share[:, 0] < self.share[:, 1])
 
     def zones(self) -> list[Zone]:
         return ["route" if d else "absorb" if m else "keep" for m, d in zip(self.m, self.d, strict=True)]

@@ -39,8 +39,9 @@ Detach = Literal["output", "params"]
 @dataclass(frozen=True)
 class Flow:
     """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows
-    with d = 1. `m`, `d` None: no row mask, one state for all rows. `probes`: module name -> c [N, R]. `weights`: module
-    name -> the weight [o, i] that stands for the base and its live blocks together."""
+    with d = 1. `m`, `d` None: no row mask, one state for all rows. `share`: multiplies each row's gradient for the
+    parameters of a block, deployed and quarantine. `probes`: module name -> c [N, R]. `weights`: module name -> the
+    weight [o, i] that stands for the base and its live blocks together."""
 
     deployed: bool = True
     quarantine: bool = True
@@ -48,6 +49,7 @@ class Flow:
     detach: Detach = "output"
     m: Float[Tensor, N] | None = None
     d: Float[Tensor, N] | None = None
+    share: Float[Tensor, "N 2"] | None = None
     probes: Mapping[str, Tensor] | None = None
     weights: Mapping[str, Tensor] | None = None
 
@@ -124,8 +126,16 @@ class BlockLinear(nn.Module):
         a, b = self.factors(which)
         return b @ a
 
+    def _shared(self, x: Tensor, flow: Flow, which: str) -> Tensor:
+        """A block's output, with each row's share of the gradient for its parameters and all of it for x."""
+        own = self.block(x.detach(), which)
+        share = flow.share[:, BLOCKS.index(which), None, None]
+        return self.block(x, which, fixed=True) + share * (own - own.detach())
+
     def _deployed(self, x: Tensor, flow: Flow) -> Tensor:
         """The deployed block's output. It gets no gradient where it is cut."""
+        if flow.share is not None:
+            return self._shared(x, flow, "deployed")
         jacobian = flow.detach == "params"
         if flow.cut and jacobian:
             return self.block(x, "deployed", fixed=True)
@@ -143,7 +153,7 @@ class BlockLinear(nn.Module):
         if flow.deployed:
             y = y + self._deployed(x, flow)
         if flow.quarantine:
-            quar = self.block(x, "quarantine")
+            quar = self.block(x, "quarantine") if flow.share is None else self._shared(x, flow, "quarantine")
             y = y + (quar if flow.m is None else quar * flow.m[:, None, None])
         if flow.probes is not None:
             y = Probe.apply(y, x, flow.probes[self.name], *self.bottleneck())
@@ -195,8 +205,13 @@ class Adapter:
         """The base model: no block runs."""
         return self._as(FLOWS["reference"])
 
-    def routed(self, m: Float[Tensor, N], d: Float[Tensor, N]):
-        """Row masks. Rows that all have the same one run in one state, and the quarantine only where it is in it."""
+    def routed(self, m: Float[Tensor, N], d: Float[Tensor, N], share: Float[Tensor, "N 2"] | None = None):
+        """Row masks. Rows that all have the same one run in one state, and the quarantine only where it is in it.
+
+        `share` [N, 2] instead of d: what part of each row's gradient the parameters of either block get.
+        """
+        if share is not None:
+            return self._as(Flow(quarantine=bool((m != 0).any()), m=m, share=share))
         masks = set(zip(m.tolist(), d.tolist(), strict=True))
         if len(masks) == 1 and masks <= {(0, 0), (1, 0), (1, 1)}:
             ((runs, cuts),) = masks

@@ -12,6 +12,7 @@ from vgrout.arms.monitored import (
     JudgePenalty,
     JudgeRoute,
     JudgeScreen,
+    OracleGraft,
     OraclePenalty,
     OracleRoute,
     OracleScreen,
@@ -73,6 +74,7 @@ ARMS: dict[str, type[Arm]] = {
     "oracle_route": OracleRoute,  # routing by true labels (ceiling)
     "oracle_screen": OracleScreen,  # screening by them (ceiling)
     "oracle_penalty": OraclePenalty,  # a penalty by them (ceiling)
+    "oracle_graft": OracleGraft,  # soft routing by them (ceiling)
 }
 
 

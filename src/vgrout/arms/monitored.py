@@ -3,6 +3,7 @@
     route       they train the quarantine alone; unsure ones train both blocks
     screen      they do not train, and leave the mean and sd of their group
     penalise    `penalty` is taken off their reward
+    graft       both blocks run for all; flagged ones train the quarantine more and the deployed block less (graft.py)
 All read the same Decision, so two arms with one monitor differ by one word. Under the last two, unsure rollouts train
 as any other.
 """
@@ -16,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from vgrout.arms.base import Arm, part
+from vgrout.arms.graft import graft_weights
 from vgrout.arms.monitors import (
     ActivationScore,
     Coin,
@@ -49,7 +51,14 @@ def penalise(read: Decision, cfg: Config) -> Decision:
     return replace(read, m=plain, d=plain, penalty=cfg.penalty * read.route)
 
 
-ACTIONS: dict[str, Action] = {"route": route, "screen": screen, "penalise": penalise}
+def graft(read: Decision, cfg: Config) -> Decision:
+    """A rollout of which the monitor says neither this nor that trains both blocks alike."""
+    weights = torch.stack(graft_weights(read.route, cfg.graft_strength, cfg.graft_kind), dim=1)
+    share = torch.where(read.absorb[:, None], 1.0, weights)
+    return replace(read, m=torch.ones_like(read.m), d=torch.zeros_like(read.d), share=share)
+
+
+ACTIONS: dict[str, Action] = {"route": route, "screen": screen, "penalise": penalise, "graft": graft}
 
 
 class Monitored(Arm):
@@ -211,3 +220,11 @@ class OraclePenalty(Monitored):
     claim = "ceiling of reward shaping: takes a penalty off the hacks that the oracle names"
     monitor = Labels
     action = "penalise"
+
+
+class OracleGraft(Monitored):
+    name = "oracle_graft"
+    claim = "ceiling of soft routing: hacks that the oracle names train the quarantine more, the deployed block less"
+    paper = "Cloud et al. 2024; GRAFT"
+    monitor = Labels
+    action = "graft"

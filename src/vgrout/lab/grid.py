@@ -57,6 +57,8 @@ GRID: tuple[Variant, ...] = (
             ("two", "only hacks of two modes are labelled", {"label_modes": ("run_tests", "stdout_marker")}),
         )
     ),
+    Variant("oracle_graft_classic", "oracle_graft", "honest rollouts train both blocks", {"graft_kind": "classic"}),
+    Variant("oracle_graft_half", "oracle_graft", "half of the gradient moves", {"graft_strength": 0.5}),
     Variant("oracle_penalty_35", "oracle_penalty", "a caught hack earns nothing at all", {"penalty": 3.5}),
     Variant("penalty_v_35", "penalty_v", "what is flagged earns nothing at all", {"penalty": 3.5}),
     # routeV with one thing changed.
