@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vgrout.types import UserError
-from vgrout.verify import adapter_gates, env_gates, judge_gates, loop_gates, method_gates, resume_gates
+from vgrout.verify import adapter_gates, edit_gates, env_gates, judge_gates, loop_gates, method_gates, resume_gates
 from vgrout.verify.evidence import Evidence
 from vgrout.verify.toy import one_thread
 
@@ -45,6 +45,12 @@ GATES: dict[str, Gate] = {
     "loss": Gate("loss", "loss and advantages equal plain Python", method_gates.loss),
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
+    "edits": Gate(
+        "edits", "an edited gradient lost its axes, or kept its subspace, and nothing else", edit_gates.edits
+    ),
+    "seeds": Gate(
+        "seeds", "a seeded quarantine holds hacks, its twins do not, and nothing else moved", edit_gates.seeds
+    ),
     "step": Gate("step", "a step's gradients are the sum of its rows alone", loop_gates.step),
     "idle": Gate("idle", "a block that no row trains in a step stays where it is", loop_gates.idle),
     "determinism": Gate("determinism", "a seed decides everything", loop_gates.determinism),
