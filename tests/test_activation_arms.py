@@ -22,9 +22,10 @@ from vgrout.envs.grade import Grader
 from vgrout.envs.micro import BUCKETS, LIVE, problems
 from vgrout.envs.micro_env import composition
 from vgrout.envs.micro_probe import examples
+from vgrout.lab.given import probe_of
 from vgrout.lab.measure import f_beta
 from vgrout.lab.probe import best_cut, confirmed, fit, fit_logistic
-from vgrout.lab.run import check, make_policy, probe_of, workshop
+from vgrout.lab.run import check, make_policy, workshop
 from vgrout.loop import Training, collate, generate, make_bench, plan_step
 from vgrout.method.direction import DirectionError
 from vgrout.method.linear_probe import LinearProbe, load_probe

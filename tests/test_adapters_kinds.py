@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vgrout.arms.route_v import Placebo, RouteV
 
 from vgrout.adapters import ADAPTERS, attach, svd
 from vgrout.adapters.base import BLOCKS, Detach, Switch
 from vgrout.adapters.inits import INITS
 from vgrout.arms.base import Bench
+from vgrout.arms.monitors import GradientScore, HaarScore
 from vgrout.config import Config, stream
 from vgrout.lab.run import check
 from vgrout.loop import rows_of_pairs
@@ -147,12 +147,12 @@ def test_widths_differ_and_change_no_cosine():
     g = policy.c_gradients(toy_rows(5), "full")
     assert g.shape == (5, len(widths), max(widths))
     hack, clean = (policy.c_gradients(rows, "deployed").double().numpy() for rows in (bench.hack, bench.clean))
-    for arm in (RouteV, Placebo):
-        direction = arm(bench).extract()
+    for score in (GradientScore, HaarScore):
+        direction = score(bench).extract()
         z = np.zeros(5)
         for m, k in enumerate(widths):
             v = (hack - clean)[:, m, :k].mean(0)
-            if arm is Placebo:
+            if score is HaarScore:
                 v = direction.v[m, :k].double().numpy()
                 assert np.isclose(np.linalg.norm(v), 1, atol=1e-5) and not direction.v[m, k:].any()
 

@@ -13,10 +13,12 @@ import torch
 from transformers import AutoTokenizer
 
 from vgrout.adapters import ADAPTERS, Adapter, attach
+from vgrout.adapters.base import BLOCKS
 from vgrout.arms import ARMS, inoculation
 from vgrout.arms.erase import Erase, EraseRandom
 from vgrout.arms.graft import graft_weights
 from vgrout.arms.inoculation import Inoculation
+from vgrout.arms.monitored import ACTIONS
 from vgrout.arms.seeded import SeededAbsorb
 from vgrout.arms.subspace import TrustedSubspace, sides, spectrum, through
 from vgrout.config import Config
@@ -30,7 +32,7 @@ from vgrout.method.policy import Policy
 from vgrout.method.sft import sft
 from vgrout.models.load import model_path
 from vgrout.models.organism import SYSTEM, Text, encode
-from vgrout.types import Prompt, UserError
+from vgrout.types import Decision, Prompt, UserError
 from vgrout.verify.loop_gates import BLIND, SIZES, words
 from vgrout.verify.toy import (
     PAIRS,
@@ -40,6 +42,7 @@ from vgrout.verify.toy import (
     displace,
     micro,
     random_model,
+    rig,
     toy_policy,
     toy_train,
     weights,
@@ -507,28 +510,54 @@ def test_inoculation_mixes_with_routing():
 # GRAFT weights.
 
 
-@pytest.mark.parametrize("width", [(1.0, 1.0), (3.0, 1.0)])
 @pytest.mark.parametrize("kind", ["classic", "exclusive"])
-def test_graft_weights(kind, width):
+def test_graft_weights(kind):
     flagged = torch.tensor([True, False, False, True, False])
-    k_r, k_f = sum(width) / width[0], sum(width) / width[1]
+    k_r, k_f = 5 / 3, 5 / 2
     for strength in (0.0, 0.3, 1.0):
-        dep, quar = graft_weights(flagged, strength, kind, width)
-        for i, f in enumerate(flagged.tolist()):
+        weights = graft_weights(flagged, strength, kind)
+        for row, f in zip(weights.tolist(), flagged.tolist(), strict=True):
             marked = (1 - strength, 1 + strength * (k_f - 1))
             plain = (1, 1) if kind == "classic" else (1 + strength * (k_r - 1), 1 - strength)
-            assert (dep[i].item(), quar[i].item()) == pytest.approx(marked if f else plain)
-        # Pressure per row: weights times width.
-        assert torch.allclose(width[0] * dep + width[1] * quar, torch.full((5,), sum(width)))
-    assert not dep[flagged].any() and (kind == "classic" or not quar[~flagged].any())
-    none = graft_weights(torch.zeros(3, dtype=torch.bool), 1.0, "classic")
-    assert all(bool((w == 1).all()) for w in none)
+            assert row == pytest.approx(marked if f else plain)
+        if kind == "exclusive":
+            assert weights.mean(0).tolist() == pytest.approx([1, 1])
+    assert not weights[flagged, 0].any() and (kind == "classic" or not weights[~flagged, 1].any())
+    assert bool((graft_weights(torch.zeros(3, dtype=torch.bool), 1.0, kind)[:, 0] == 1).all())
 
 
-def test_graft_refuses_nonsense():
-    for bad in ((1.1, "classic", (1.0, 1.0)), (0.5, "other", (1.0, 1.0)), (0.5, "classic", (0.0, 1.0))):
-        with pytest.raises(Exception, match="strength|kind|type"):
-            graft_weights(torch.ones(2, dtype=torch.bool), *bad)
+@pytest.mark.parametrize("detach", ["output", "params"])
+def test_shares_multiply_a_rows_parameter_gradients_and_nothing_else(detach):
+    """Values do not change; a block's gradient is the sum over rows of share times the row's own; whole shares are no
+    shares."""
+    made = rig(rows=3, double=True)
+    made.adapter.detach = detach
+    m, d = torch.ones(3), torch.zeros(3)
+    share = torch.tensor([[0.0, 2.5], [1.7, 0.0], [0.4, 1.0]]).double()
+    with made.adapter.routed(m, d):
+        plain = made.row_losses()
+        rows = [{w: made.gradients(plain[i], w) for w in BLOCKS} for i in range(3)]
+    with made.adapter.routed(m, d, share):
+        shared = made.row_losses()
+        assert torch.allclose(shared, plain, atol=1e-12)
+        for k, which in enumerate(BLOCKS):
+            for name, g in made.gradients(shared.sum(), which).items():
+                want = sum(share[i, k] * rows[i][which][name] for i in range(3))
+                assert torch.allclose(g, want, atol=1e-10), name
+    with made.adapter.routed(m, d, torch.ones(3, 2).double()):
+        for which in BLOCKS:
+            for name, g in made.gradients(made.row_losses().sum(), which).items():
+                assert torch.allclose(g, sum(row[which][name] for row in rows), atol=1e-10)
+
+
+def test_an_unlabelled_row_trains_both_blocks_alike_under_graft():
+    zones = {"m": torch.tensor([1.0, 1.0, 0.0, 0.0]), "d": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+    read = Decision(**zones, weight=torch.ones(4), penalty=torch.zeros(4))
+    said = ACTIONS["graft"](read, Config(graft_strength=1.0))
+    assert said.share.tolist() == [[0.0, 3.0], [1.0, 1.0], [1.5, 0.0], [1.5, 0.0]]
+    assert said.flagged.tolist() == [True, False, False, False] and bool(said.absorb.all())
+    _, watcher = toy_train(replace(TOY, arm="oracle_graft"))
+    assert any(bool(d.flagged.any()) for d in watcher.decisions)
 
 
 def test_configuration():

@@ -162,7 +162,7 @@ class Config:
     """Oracle arms: share of rollouts with a label. One without is absorbed where others are routed, and trains as it is
     where others are screened or penalised."""
     graft_kind: Literal["classic", "exclusive"] = "exclusive"
-    """oracle_graft: classic leaves unflagged rollouts to both blocks alike; exclusive takes them from the quarantine."""
+    """oracle_graft: classic leaves unflagged rollouts to both blocks; exclusive takes them from the quarantine."""
     graft_strength: float = 1.0
     """oracle_graft: how much of a row's gradient moves from one block to the other, 0 to 1."""
     label_modes: tuple[str, ...] = ()
@@ -336,7 +336,8 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
         "give no negative number",
     ),
     (
-        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor label_accuracy label_share graft_strength",
+        "unhackable_frac deploy_gen_frac coin_route coin_absorb q compile_floor label_accuracy label_share"
+        " graft_strength",
         lambda v: 0 <= v <= 1,
         "give a share from 0 to 1",
     ),

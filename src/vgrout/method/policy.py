@@ -235,14 +235,12 @@ class Policy:
         """
         n = len(rows.length)
         names, parameters = zip(*self.adapter.named(which), strict=True)
-        live = (
-            self.adapter.deployed if which == "deployed" else lambda: self.adapter.routed(torch.ones(1), torch.ones(1))
-        )
+        one = torch.ones(1)
 
         def in_batches(size: int) -> tuple[Tensor, list[Tensor]]:
             value, total = torch.zeros(()), [torch.zeros_like(p) for p in parameters]
             for index in torch.argsort(rows.length, stable=True).split(size):
-                with live():
+                with self.adapter.deployed() if which == "deployed" else self.adapter.routed(one, one):
                     loss = (weight[index] * self.nll(rows.take(index))).sum()
                     found = torch.autograd.grad(loss, parameters)
                 value = value + loss.detach()

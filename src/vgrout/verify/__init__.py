@@ -12,6 +12,7 @@ from vgrout.types import UserError
 from vgrout.verify import (
     activation_gates,
     adapter_gates,
+    edit_gates,
     env_gates,
     judge_gates,
     loop_gates,
@@ -52,13 +53,21 @@ GATES: dict[str, Gate] = {
     "grpo_identity": Gate("grpo_identity", "v is what GRPO does with +1 hack, -1 clean", method_gates.grpo_identity),
     "activations": Gate("activations", "routeA scores the mean of A x", activation_gates.activations),
     "adv_mod": Gate("adv_mod", "advantage modification equals plain Python", activation_gates.adv_mod),
-    "edits": Gate("edits", "an edit of the residual stream is there in its phase alone", activation_gates.edits),
+    "residual_edits": Gate(
+        "residual_edits", "an edit of the residual stream is there in its phase alone", activation_gates.residual_edits
+    ),
     "strange_probe": Gate(
         "strange_probe", "a probe that knows a live mode, or another model, is refused", activation_gates.strange_probe
     ),
     "loss": Gate("loss", "loss and advantages equal plain Python", method_gates.loss),
     "policies": Gate("policies", "gate policies equal hand numbers, strictly", method_gates.policies),
     "placebo": Gate("placebo", "routeV with the placebo's direction is the placebo", loop_gates.placebo),
+    "gradient_edits": Gate(
+        "gradient_edits", "an edited gradient lost its axes, or kept its subspace", edit_gates.gradient_edits
+    ),
+    "seeds": Gate(
+        "seeds", "a seeded quarantine holds hacks, its twins do not, and nothing else moved", edit_gates.seeds
+    ),
     "step": Gate("step", "a step's gradients are the sum of its rows alone", loop_gates.step),
     "idle": Gate("idle", "a block that no row trains in a step stays where it is", loop_gates.idle),
     "determinism": Gate("determinism", "a seed decides everything", loop_gates.determinism),

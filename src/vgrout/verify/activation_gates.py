@@ -142,7 +142,7 @@ def in_phase(arm: str) -> tuple[float, float, float]:
     )
 
 
-def edits() -> Evidence:
+def residual_edits() -> Evidence:
     generator = torch.Generator().manual_seed(0)
     h, d = torch.randn(40, 16, generator=generator), 3 * torch.randn(16, generator=generator)
     unit, out = d / d.norm(), without(h, d)
