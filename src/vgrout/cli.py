@@ -380,6 +380,25 @@ def commands(base: Config) -> dict:
         show_gates(runs, draws, out, console)
         return 0
 
+    def lab_frontier(
+        run: tyro.conf.Positional[Path],
+        scales: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0),
+        rollouts: int | None = None,
+        out: Path | None = None,
+    ) -> int:
+        """What a run ships when its deployed block shrinks, and at its checkpoints: the null of learning less.
+
+        Args:
+            run: Folder of a finished run, of vanilla GRPO for the null.
+            scales: Numbers that the deployed block is multiplied with.
+            rollouts: Rollouts per point; the run's own setting when not given.
+            out: Also write the points to this JSON file.
+        """
+        from vgrout.lab.frontier import show_frontier
+
+        show_frontier(run, scales, rollouts, out, console)
+        return 0
+
     return {
         "decide": decide,
         "show": show,
@@ -401,6 +420,7 @@ def commands(base: Config) -> dict:
         "direction export": direction_export,
         "direction check": direction_check,
         "lab ceiling": lab_ceiling,
+        "lab frontier": lab_frontier,
         "lab gates": lab_gates,
     }
 

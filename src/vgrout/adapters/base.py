@@ -167,6 +167,7 @@ class Adapter:
         self, model: nn.Module, modules: dict[str, BlockLinear], switch: Switch, detach: Detach = "output"
     ) -> None:
         self.model, self.modules, self.switch, self.detach = model, modules, switch, detach
+        self.scale = dict.fromkeys(BLOCKS, 1.0)  # of each block in merged weights
         self.widths = {name: module.bottleneck()[0].shape[0] for name, module in modules.items()}  # of c, per module
 
     def parameters(self, which: str) -> list[nn.Parameter]:
@@ -235,12 +236,22 @@ class Adapter:
         with torch.no_grad():
             return self._as(Flow(deployed=False, quarantine=False, weights=self._weights(state)))
 
+    @contextmanager
+    def scaled(self, deployed: float = 1.0, quarantine: float = 1.0) -> Iterator[None]:
+        """Both blocks times a number each, in merged weights: what is sampled here has shrunk blocks."""
+        before = self.scale
+        self.scale = {"deployed": deployed, "quarantine": quarantine}
+        try:
+            yield
+        finally:
+            self.scale = before
+
     def _weights(self, state: State) -> dict[str, Tensor]:
         weights = {}
         for name, module in self.modules.items():
-            delta = module.delta("deployed")
+            delta = module.delta("deployed") * self.scale["deployed"]
             if FLOWS[state].quarantine:
-                delta = delta + module.delta("quarantine")
+                delta = delta + module.delta("quarantine") * self.scale["quarantine"]
             weights[name] = module.base.weight + delta.to(module.base.weight.dtype)
         return weights
 
