@@ -343,7 +343,7 @@ def test_probe_arms_cut_where_the_probe_says():
         flagged = [f for d in watcher.decisions for f in d.flagged.tolist()]
         scores = [s for d in watcher.decisions for s in d.score.tolist()]
         assert flagged == [s > 0.5 for s in scores] and 0 < sum(flagged) < len(flagged)
-    with pytest.raises(UserError, match="was given none"):
+    with pytest.raises(UserError, match="was given no probe"):
         Training(replace(TOY, arm="probe_route"), toy_policy(TOY), Letters(), PAIRS)
 
 

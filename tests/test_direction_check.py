@@ -1,4 +1,4 @@
-"""Traces, gate files and what judges a direction on them: numbers by hand and numpy, files that survive, refusals."""
+"""Traces, gate files and what judges a direction on them: numbers by hand and by numpy, resumed runs, refusals."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def test_ranking_equals_one_score_at_a_time():
         found = ranking(score, label)
         for i in range(0, 600, 97):
             s = score[i]
-            best = max(f_beta(s >= t, label) for t in set(s.tolist()))
+            best = max(f_beta((s >= t).tolist(), label.tolist()) for t in set(s.tolist()))
             cuts = sorted(set(s.tolist()), reverse=True)
             recall = [0.0, *((label & (s >= t)).sum() / label.sum() for t in cuts)]
             precision = [(label & (s >= t)).sum() / (s >= t).sum() for t in cuts]
             area = sum((b - a) * p for (a, b), p in zip(pairwise(recall), precision, strict=True))
-            want = (auroc(s, label), area, best)
+            want = (auroc(s.tolist(), label.tolist()), area, best)
             assert (found["auroc"][i], found["ap"][i], found["f05"][i]) == pytest.approx(want)
     with pytest.raises(ValueError):
         ranking(score, np.ones(n, bool))
@@ -268,11 +268,8 @@ def test_files_of_another_kind_are_refused(made, tmp_path):
 # Judging a direction, with verdicts.
 
 
-PLANTED = (-1.0, 0.0, 2.0)
-
-
-def plant(out: Path, made: Path, shift: tuple[float, ...] = PLANTED) -> Path:
-    """The run as one of the micro world, whose hacks stand `shift` (in modules) along v: 40 steps of eight."""
+def plant(out: Path, made: Path) -> Path:
+    """A copy of the run as one of the micro world: 40 steps of eight, ever more hacks, those of run_tests along v."""
     shutil.copytree(made, out)
     shutil.rmtree(out / "trace")
     cfg = replace(CFG, steps=40)
@@ -335,7 +332,7 @@ def test_check_finds_what_is_there_and_nothing_else(planted):
     score = direction.score(torch.stack([units[id] for id in labelled.id]))[0].numpy()
     late = (labelled.step >= 20) & (labelled.mode == "sentinel")
     cell = cells["gate file", (20, 39), "sentinel"]
-    assert cell["auroc"] == pytest.approx(auroc(score[late], labelled.hacked[late]), abs=1e-5)
+    assert cell["auroc"] == pytest.approx(auroc(score[late].tolist(), labelled.hacked[late].tolist()), abs=1e-5)
     assert (cell["rollouts"], cell["hacks"]) == (late.sum(), labelled.hacked[late].sum())
     for direction in ("gate file", "of each step"):
         assert cells[direction, (0, 39), "run_tests"]["auroc"] > 0.95

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vgrout.lab.direction import ALL, LEAST, scored, traced
 from vgrout.lab.labels import Labelled, modes_in_pairs
 from vgrout.lab.ranking import MEASURES, ranking
+from vgrout.lab.tables import number_table, print_wide
 from vgrout.lab.tensorfile import write_file
 from vgrout.lab.trace import Trace
 from vgrout.method.direction import cosines
@@ -95,19 +95,16 @@ def ceiling(run: Path) -> tuple[list[dict], dict[str, Tensor]]:
 def show_ceiling(run: Path, console: Console) -> None:
     """Print the table, and write the fitted directions into the run's folder."""
     rows, tensors = ceiling(run)
-    table = Table(
-        title="v beside directions fitted with the oracle's labels, on odd steps",
-        caption="mean difference, lda: fitted on hacked against solved rollouts of even steps. Ceilings, not methods.",
-    )
-    for column in ("score", "mode", "hacks against", "rollouts", "hacks", "AUROC", "AP", "F0.5"):
-        table.add_column(column, justify="left" if column in ("score", "mode", "hacks against") else "right")
+    caption = "mean difference, lda: fitted on hacked against solved rollouts of even steps. Ceilings, not methods."
+    head = ("score", "mode", "hacks against", "rollouts", "hacks", "AUROC", "AP", "F0.5")
+    cells = []
     for row in rows:
         held = "" if row["mode"] == ALL or row["in_pairs"] else " (held out)"
-        numbers = [f"{row[key]:.2f}" for key in MEASURES]
         star = "" if row["score"].startswith("v ") else " *"
-        cells = (row["score"] + star, row["mode"] + held, row["against"], str(row["rollouts"]), str(row["hacks"]))
-        table.add_row(*cells, *numbers)
-    console.print(table, width=max(console.width, 110), crop=False)
+        texts = [row["score"] + star, row["mode"] + held, row["against"], str(row["rollouts"]), str(row["hacks"])]
+        cells.append([*texts, *(f"{row[key]:.2f}" for key in MEASURES)])
+    title = "v beside directions fitted with the oracle's labels, on odd steps"
+    print_wide(number_table(title, caption, head, cells, 3), console)
     path = run / NAME
     try:
         write_file(path, KIND, FORMAT, tensors, {"reads_oracle": True, "fitted_on": "even steps"})

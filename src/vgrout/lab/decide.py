@@ -37,7 +37,7 @@ from vgrout.lab.given import absent
 from vgrout.lab.grid import SETS, named
 from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
-from vgrout.lab.tables import print_wide
+from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
 
@@ -413,13 +413,7 @@ def result_table(result: dict, seconds: dict[str, float]) -> Table:
     """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
     rows, notes = result_rows(result, seconds)
     title, head = result_head(result)
-    table = Table(title=title, caption=notes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(head):
-        widest = max(len(text) for text in [*column.split(), *(row[i] for row in rows)])
-        table.add_column(column, justify="right" if i else "left", min_width=widest)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return number_table(title, notes, head, rows, 1)
 
 
 def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> None:

@@ -27,6 +27,7 @@ from vgrout.lab.labels import Labelled, read_labelled, windows
 from vgrout.lab.ranking import MEASURES, chance, ranking
 from vgrout.lab.record import one_writer, read_jsonl
 from vgrout.lab.run import make_policy, newest
+from vgrout.lab.tables import number_table, print_wide
 from vgrout.lab.trace import FOLDER, Trace, init_digest, read_traces
 from vgrout.method.direction import Direction, haar_like
 from vgrout.types import UserError
@@ -114,7 +115,8 @@ def traced(run: Path) -> tuple[list[Trace], Labelled]:
 
 def cells(labelled: Labelled, width: int) -> list[tuple[tuple[int, int], str, np.ndarray]]:
     """(steps, mode, mask) of every window and mode with enough of both classes; the whole trace first."""
-    spans = list(dict.fromkeys((*windows(labelled.step, 0), *windows(labelled.step, width))))
+    steps = labelled.step.tolist()
+    spans = list(dict.fromkeys((*windows(steps, 0), *windows(steps, width))))
     out = []
     for first, last in spans:
         inside = (labelled.step >= first) & (labelled.step <= last)
@@ -194,27 +196,22 @@ def check_table(result: dict) -> Table:
     """Every cell with p against random directions."""
     caption = (
         f"{result['draws']} Haar-random directions through the same scoring; p = (1 + as good) / (1 + draws). "
-        "Beside each measure the 95th percentile of chance. F0.5: at the best cut. Measured with the oracle."
+        "In brackets the 95th percentile of chance. F0.5: at the best cut. Measured with the oracle."
     )
-    table = Table(title="directions on stored rollouts of the policy", caption=caption)
-    for column in ("direction", "steps", "mode", "rollouts", "hacks"):
-        table.add_column(column, justify="left" if column in ("direction", "mode") else "right")
-    for column in ("AUROC", "AP", "F0.5"):
-        table.add_column(f"{column} (chance)", justify="right")
-        table.add_column("p", justify="right")
+    head = ("direction", "mode", "steps", "rollouts", "hacks", "AUROC", "p", "AP", "p", "F0.5", "p")
+    rows = []
     for cell in result["cells"]:
         first, last = cell["steps"]
-        row = [cell["direction"], f"{first}-{last}", cell["mode"], str(cell["rollouts"]), str(cell["hacks"])]
+        row = [cell["direction"], cell["mode"], f"{first}-{last}", str(cell["rollouts"]), str(cell["hacks"])]
         for key in MEASURES:
             row += [f"{cell[key]:.2f} ({cell[f'{key}_null'][1]:.2f})", f"{cell[f'{key}_p']:.3f}"]
-        table.add_row(*row)
-    return table
+        rows.append(row)
+    return number_table("directions on stored rollouts of the policy", caption, head, rows, 2)
 
 
 def show_check(gate: Path, trace: Path, draws: int, window: int, out: Path | None, console: Console) -> None:
     result = check(gate, trace, draws=draws, window=window)
-    table = check_table(result)
-    console.print(table, width=max(console.width, 140), crop=False)
+    print_wide(check_table(result), console)
     if out is not None:
         try:
             replace_file(out, json.dumps(result, indent=1) + "\n")

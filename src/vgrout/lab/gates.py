@@ -19,6 +19,7 @@ from vgrout.config import Config
 from vgrout.lab.direction import LEAST, compare, scored, traced
 from vgrout.lab.labels import modes_in_pairs, read_labelled
 from vgrout.lab.record import finished
+from vgrout.lab.tables import number_table, print_wide
 from vgrout.lab.trace import FOLDER
 from vgrout.types import UserError
 
@@ -79,21 +80,26 @@ def aurocs(run: Path, cfg: Config, draws: int) -> dict:
 
 
 def gates_table(rows: Sequence[dict], draws: int) -> Table:
-    table = Table(
-        title="gates of finished runs, on the policy's training rollouts",
-        caption=f"precision / recall of what was flagged; saturation: {WINDOW} steps with {SATURATED:.0%} hacks. AUROC "
-        f"(95th percentile of {draws} Haar-random directions; p), from the trace. Measured with the oracle.",
+    caption = (
+        f"precision / recall of what was flagged; saturated: {WINDOW} steps with {SATURATED:.0%} hacks on average. AUROC "
+        f"(95th percentile of {draws} Haar-random directions; p) needs a trace. Measured with the oracle."
     )
-    for column in ("run", "policy", "saturated at"):
-        table.add_column(column, justify="left" if column != "saturated at" else "right")
-    for column in ("whole run", "before", "after", "AUROC, modes in pairs", "AUROC, held-out modes"):
-        table.add_column(column, justify="right")
+    head = (
+        "run",
+        "policy",
+        "saturated",
+        "whole run",
+        "before",
+        "after",
+        "AUROC, modes in pairs",
+        "AUROC, held-out modes",
+    )
+    shown = []
     for row in rows:
-        chosen = [_share(row[name]) for name in PARTS]
         area = [_area((row["auroc"] or {}).get(name)) for name in ("in pairs", "held out")]
-        at = "-" if row["saturation"] is None else str(row["saturation"])
-        table.add_row(row["run"], row["policy"], at, *chosen, *area)
-    return table
+        at = "-" if row["saturation"] is None else f"step {row['saturation']}"
+        shown.append([row["run"], row["policy"], at, *(_share(row[name]) for name in PARTS), *area])
+    return number_table("gates of finished runs, on the policy's training rollouts", caption, head, shown, 2)
 
 
 def _share(part: dict) -> str:
@@ -109,7 +115,7 @@ def show_gates(runs: Sequence[Path], draws: int, out: Path | None, console: Cons
     if draws < 1:
         raise UserError(f"draws = {draws}: give a positive whole number")
     rows = [of_run(run, draws) for run in runs]
-    console.print(gates_table(rows, draws), width=max(console.width, 150), crop=False)
+    print_wide(gates_table(rows, draws), console)
     if out is not None:
         try:
             out.write_text(json.dumps(rows, indent=1) + "\n")
