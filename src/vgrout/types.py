@@ -153,12 +153,12 @@ class Decision:
     d: Float[Tensor, N]
     weight: Float[Tensor, N]
     penalty: Float[Tensor, N]
-    share: Float[Tensor, "N 2"] | None = None  # instead of d: part of the row's gradient for the parameters of a block
     score: Float[Tensor, N] | None = None  # the gate's score, for the record
     threshold: tuple[float, float] | None = None  # (t_lo, t_hi) in the units of `score`
     note: Mapping[str, float] = field(default_factory=dict)  # what the gate says of itself, for the record
     features: Float[Tensor, "N M R"] | None = None  # what was scored of each row, for the trace
     direction: Mapping[str, Any] = field(default_factory=dict)  # the fields of what it was scored along, for the trace
+    share: Float[Tensor, "N 2"] | None = None  # instead of d: part of the row's gradient for the parameters of a block
 
     @property
     def keep(self) -> Bool[Tensor, N]:

@@ -81,7 +81,7 @@ def aurocs(run: Path, cfg: Config, draws: int) -> dict:
 
 def gates_table(rows: Sequence[dict], draws: int) -> Table:
     caption = (
-        f"precision / recall of flagged rollouts; saturated: {WINDOW} steps with {SATURATED:.0%} hacks on average. AUROC "
+        f"precision / recall of flagged rollouts; saturated: {WINDOW} steps with {SATURATED:.0%} hacks or more. AUROC "
         f"(95th percentile of {draws} Haar-random directions; p) needs a trace. Measured with the oracle."
     )
     head = (
