@@ -42,7 +42,7 @@ def off(edited: dict[str, np.ndarray], bench: Bench) -> float:
 
 
 def erased() -> tuple[float, int]:
-    """How far erase is from g - gate(<g, v>) v in any gate, with v of its own; and tensors that one_sided left alone."""
+    """How far erase is from g - gate(<g, v>) v, v computed apart; and how many tensors one_sided left alone."""
     worst, honest = 0.0, 0
     gates = {"one_sided": lambda c: max(c, 0.0), "no_gate": lambda c: c, "reverse": lambda c: 2 * c}
     for gate, taken in gates.items():
