@@ -510,20 +510,28 @@ def test_inoculation_mixes_with_routing():
 # GRAFT weights.
 
 
+@pytest.mark.parametrize("width", [(1.0, 1.0), (3.0, 1.0)])
 @pytest.mark.parametrize("kind", ["classic", "exclusive"])
-def test_graft_weights(kind):
+def test_graft_weights(kind, width):
     flagged = torch.tensor([True, False, False, True, False])
-    k_r, k_f = 5 / 3, 5 / 2
+    k_r, k_f = sum(width) / width[0], sum(width) / width[1]
     for strength in (0.0, 0.3, 1.0):
-        weights = graft_weights(flagged, strength, kind)
-        for row, f in zip(weights.tolist(), flagged.tolist(), strict=True):
+        dep, quar = graft_weights(flagged, strength, kind, width)
+        for i, f in enumerate(flagged.tolist()):
             marked = (1 - strength, 1 + strength * (k_f - 1))
             plain = (1, 1) if kind == "classic" else (1 + strength * (k_r - 1), 1 - strength)
-            assert row == pytest.approx(marked if f else plain)
-        if kind == "exclusive":
-            assert weights.mean(0).tolist() == pytest.approx([1, 1])
-    assert not weights[flagged, 0].any() and (kind == "classic" or not weights[~flagged, 1].any())
-    assert bool((graft_weights(torch.zeros(3, dtype=torch.bool), 1.0, kind)[:, 0] == 1).all())
+            assert (dep[i].item(), quar[i].item()) == pytest.approx(marked if f else plain)
+        # Pressure per row: weights times width.
+        assert torch.allclose(width[0] * dep + width[1] * quar, torch.full((5,), sum(width)))
+    assert not dep[flagged].any() and (kind == "classic" or not quar[~flagged].any())
+    none = graft_weights(torch.zeros(3, dtype=torch.bool), 1.0, "classic")
+    assert all(bool((w == 1).all()) for w in none)
+
+
+def test_graft_refuses_nonsense():
+    for bad in ((1.1, "classic", (1.0, 1.0)), (0.5, "other", (1.0, 1.0)), (0.5, "classic", (0.0, 1.0))):
+        with pytest.raises(Exception, match="strength|kind|type"):
+            graft_weights(torch.ones(2, dtype=torch.bool), *bad)
 
 
 @pytest.mark.parametrize("detach", ["output", "params"])
@@ -554,7 +562,7 @@ def test_an_unlabelled_row_trains_both_blocks_alike_under_graft():
     zones = {"m": torch.tensor([1.0, 1.0, 0.0, 0.0]), "d": torch.tensor([1.0, 0.0, 0.0, 0.0])}
     read = Decision(**zones, weight=torch.ones(4), penalty=torch.zeros(4))
     said = ACTIONS["graft"](read, Config(graft_strength=1.0))
-    assert said.share.tolist() == [[0.0, 3.0], [1.0, 1.0], [1.5, 0.0], [1.5, 0.0]]
+    assert said.share.tolist() == [[0.0, 2.0], [1.0, 1.0], [2.0, 0.0], [2.0, 0.0]]
     assert said.flagged.tolist() == [True, False, False, False] and bool(said.absorb.all())
     _, watcher = toy_train(replace(TOY, arm="oracle_graft"))
     assert any(bool(d.flagged.any()) for d in watcher.decisions)

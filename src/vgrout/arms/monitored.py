@@ -54,7 +54,8 @@ def penalise(read: Decision, cfg: Config) -> Decision:
 def graft(read: Decision, cfg: Config) -> Decision:
     """A rollout of which the monitor says neither this nor that trains both blocks alike."""
     share = torch.ones(len(read.m), 2)
-    share[~read.absorb] = graft_weights(read.route[~read.absorb], cfg.graft_strength, cfg.graft_kind)
+    known = ~read.absorb
+    share[known] = torch.stack(graft_weights(read.route[known], cfg.graft_strength, cfg.graft_kind), dim=1)
     return replace(read, m=torch.ones_like(read.m), d=torch.zeros_like(read.d), share=share)
 
 
