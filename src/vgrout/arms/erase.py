@@ -28,6 +28,7 @@ from vgrout.types import UserError
 class Erase(Edits):
     name = "erase"
     claim = "takes the pairs' direction out of every gradient, ships as it is"
+    signal, action = "pairs' gradients", "erase"
     access = "L1"
     ablates = False
 
@@ -111,6 +112,7 @@ class Erase(Edits):
 class EraseRandom(Erase):
     name = "erase_random"
     claim = "erase with random axes, one draw per run"
+    signal = "random"
     access = "L0"
 
     def draw(self):

@@ -226,6 +226,6 @@ class OraclePenalty(Monitored):
 class OracleGraft(Monitored):
     name = "oracle_graft"
     claim = "ceiling of soft routing: hacks that the oracle names train the quarantine more, the deployed block less"
-    paper = "Cloud et al. 2024; GRAFT"
+    paper = "Cloud et al. 2024"
     monitor = Labels
     action = "graft"

@@ -58,6 +58,7 @@ class TrustedSubspace(Edits):
     name = "trusted_subspace"
     claim = "keeps every gradient in the subspace of a short fine-tuning on clean completions"
     paper = "Deng et al. 2026"
+    signal, action = "clean sides", "project"
     access = "L1"
     ablates = False
 
