@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from vgrout.config import Config
 from vgrout.envs.micro import problems
 from vgrout.lab import ceiling as ceiling_module
 from vgrout.lab import direction as direction_module
@@ -479,21 +477,9 @@ def test_gates_of_a_run(planted, tmp_path, capsys):
     assert of_run(bare, 50)["auroc"] is None
     show_gates([planted, bare], 50, tmp_path / "gates.json", Console(width=60))
     said = capsys.readouterr().out
-    assert "held-out" in said and "ema_quantile" in said
+    row = next(line for line in said.splitlines() if "ema_quantile" in line)
+    assert f"step {at}" in row and "; 0.020)" in row  # 1/51, at its own width on any terminal
     assert [r["run"] for r in json.loads((tmp_path / "gates.json").read_text())] == [planted.name, "bare"]
     (bare / "eval.json").unlink()
     with pytest.raises(UserError, match="no finished run"):
         of_run(bare, 50)
-
-
-def test_configurations_are_bounded():
-    for changes in (
-        {"trace_every": -1},
-        {"direction_axes": 0},
-        {"half_life": 0.0},
-        {"p_route": 1.0},
-        {"p_absorb": 0.9},
-    ):
-        with pytest.raises(UserError, match=next(iter(changes))):
-            Config(**changes)
-    assert asdict(Config())["trace_every"] == 0 and math.isfinite(Config().half_life)

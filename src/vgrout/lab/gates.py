@@ -81,19 +81,11 @@ def aurocs(run: Path, cfg: Config, draws: int) -> dict:
 
 def gates_table(rows: Sequence[dict], draws: int) -> Table:
     caption = (
-        f"precision / recall of flagged rollouts; saturated: {WINDOW} steps with {SATURATED:.0%} hacks or more. AUROC "
-        f"(95th percentile of {draws} Haar-random directions; p) needs a trace. Measured with the oracle."
+        f"precision / recall of what was flagged; saturated: {WINDOW} steps with {SATURATED:.0%} hacks in the mean. "
+        f"AUROC in modes that the pairs show and in others (95th percentile of {draws} Haar-random directions; p): "
+        "from the trace. Measured with the oracle."
     )
-    head = (
-        "run",
-        "policy",
-        "saturated",
-        "whole run",
-        "before",
-        "after",
-        "AUROC, modes in pairs",
-        "AUROC, held-out modes",
-    )
+    head = ("run", "policy", "saturated", "whole run", "before", "after", "AUROC in pairs", "AUROC held out")
     shown = []
     for row in rows:
         area = [_area((row["auroc"] or {}).get(name)) for name in ("in pairs", "held out")]

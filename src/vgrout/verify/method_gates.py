@@ -310,8 +310,20 @@ def policies() -> Evidence:
         t = gate.thresholds(direction.score(part)[0], part, direction)
     history = [(math.sin(a) - 0.2) / 0.5 for a in angles[-6:]]
     expect("top2q", t, (percentile(history, 0.6), percentile(history, 0.8)))
+    weighed = POLICIES["ema_quantile"](replace(cfg, half_life=1.0))
+    for part in (g[:4], g[4:]):
+        t = weighed.thresholds(direction.score(part)[0], part, direction)
+    copies = [*history[:2], *(s for s in history[2:] for _ in range(16))]  # 4 rollouts ago: a 16th of the weight
+    expect("ema_quantile", t, [sorted(copies)[math.ceil(share * len(copies)) - 1] for share in (0.6, 0.8)])
+
+    hack, clean = [0.9, 1.1, 1.3, 1.5], [-1.1, -0.9, -1.3, -1.5]  # quartiles 1.05, 1.35 and the same below zero
+    far = torch.tensor([-1.2] * 6 + [1.2] * 2)  # so far apart that each row belongs to one component
+    lo, hi = POLICIES["mixture"](cfg).thresholds(far, no_g, banded(hack, clean))
+    width = pstdev([0.9, 1.1, 1.3, 1.5]) / 4  # the scores have none: what is left of the pairs'
+    odds = width**2 / 2.4 * math.log(0.75 / 0.25)
+    expect("mixture", (lo, hi), (odds, odds + width**2 / 2.4 * math.log(0.8 / 0.2)))
     return Evidence(
-        not wrong, "; ".join(wrong) or "4 policies equal hand numbers; 600 batches of equal scores route nobody"
+        not wrong, "; ".join(wrong) or "6 policies equal hand numbers; 600 batches of equal scores route nobody"
     )
 
 

@@ -101,6 +101,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("policies", "method/gate.py", "exact = score.double()", "exact = score"),
     Mutation("policies", "method/gate.py", "direction.real and hi <= lo", "direction.real and hi < lo"),
     Mutation("policies", "method/gate.py", "direction.score(self.history)", "direction.score(g)"),
+    Mutation("policies", "method/gate.py", "self.age / self.half_life", "self.age * 0"),
+    Mutation("policies", "method/mixture.py", "self.sd**2 / gap * odds", "self.sd / gap * odds"),
     Mutation(
         "placebo",
         "arms/monitors/gradient.py",
@@ -160,6 +162,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("resume", "arms/monitors/gradient.py", 'state["overlap"], state["extracted"]', 'state["overlap"], 0'),
     Mutation("resume", "method/gate.py", 'self.history = state.get("history")', "self.history = None"),
+    Mutation("resume", "method/gate.py", 'self.age = state.get("age")', "self.age = None"),
     Mutation(
         "blindness",
         "loop.py",
