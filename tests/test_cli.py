@@ -69,7 +69,7 @@ MISTAKES = {
     "config missing": (["--config", "none.json"], ["none.json"]),
     "config broken": (["--config", "bad.json"], ["bad.json", "JSON"]),
     "config odd": (["--config", "odd.json"], ["odd.json", "stepz"]),
-    "config partial": (["--config", "partial.json"], ["partial.json", "missing", "kl, kl_ceiling, lr"]),
+    "config partial": (["--config", "partial.json"], ["partial.json", "missing", "kl, kl_ceiling, label_accuracy"]),
     "config folder": (["--config", "hollow"], ["hollow", "cannot read"]),
     "config and preset": (["--config", "odd.json", "--preset", "smoke"], ["--config", "--preset"]),
     "warmup": (["--warmup", "0"], ["warmup"]),
