@@ -66,7 +66,7 @@ def test_a_task_without_an_oracle(tmp_path):
     (tmp_path / "run").rename(tmp_path / job.name)
     result = decision([job], tmp_path, job.cfg, {"cells": cells}, {"sandbox": "none"})
     table = result_table(result, {})
-    assert [len(column._cells) for column in table.columns] == [2] * 13
+    assert [len(column._cells) for column in table.columns] == [2] * 14
     assert "deploy reward" in [column.header for column in table.columns]
 
 

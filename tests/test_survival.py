@@ -214,9 +214,9 @@ FORGOTTEN = {
     "the step": (CFG, changed(step=3)),
     "the arm": (CFG, without("arm.")),
     "the direction": (CFG, lambda c: changed(**{"arm.watch.direction.v": -c.state["arm.watch.direction.v"]})(c)),
-    "the age of the direction": (CFG, changed(**{"arm.extracted": 0})),
-    "the overlap": (CFG, changed(**{"arm.overlap": 0.5})),
-    "the history": (TOP2Q, without("arm.gate.")),
+    "the age of the direction": (CFG, changed(**{"arm.watch.extracted": 0})),
+    "the overlap": (CFG, changed(**{"arm.watch.overlap": 0.5})),
+    "the history": (TOP2Q, without("arm.watch.gate.")),
     "the offsets": (CFG, lambda c: replace(c, logs={name: size + 50 * (size > 0) for name, size in c.logs.items()})),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
 from vgrout.lab.given import absent
 from vgrout.lab.grid import SETS, named
-from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl
+from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl
 from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
@@ -137,27 +137,15 @@ def plan_table(jobs: Sequence[Job], workers: int, unable: Mapping[str, str] | No
     return table
 
 
-def _tail(path: Path) -> dict | None:
-    """The last whole record of a growing file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 8192))
-            lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines else None
-    except (OSError, ValueError):
-        return None
-
-
 def _done(job: Job, out: Path) -> int:
     """Steps of a run that are in its log."""
-    last = _tail(out / job.name / "steps.jsonl")
+    last = last_record(out / job.name / "steps.jsonl")
     return last["step"] + 1 if last else 0
 
 
 def _note(job: Job, out: Path, first: int, started: float) -> tuple[int, str]:
     """Steps done, and a word on a run that went on after step `first` at the time `started`."""
-    last = _tail(out / job.name / "steps.jsonl")
+    last = last_record(out / job.name / "steps.jsonl")
     done = last["step"] + 1 if last else 0
     if done <= first:
         return done, "starting"

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
@@ -137,6 +138,18 @@ def finished(out: Path) -> bool:
 def read_jsonl(path: Path) -> list[dict]:
     """The whole lines of a log; a last one without its line break was cut off."""
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def last_record(path: Path) -> dict | None:
+    """The last whole line of a log, which may still grow; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 8192))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):
+        return None
 
 
 def _clean(value):
@@ -249,8 +262,7 @@ class Recorder:
         """The gate as a file, where the arm has a direction. Raises OSError."""
         direction = None if self.state is None else direction_of(self.state())
         if direction is not None:
-            adapter, steps = self.policy.adapter, read_jsonl(self.out / "steps.jsonl")
-            last = steps[-1] if steps else None
+            adapter, last = self.policy.adapter, last_record(self.out / "steps.jsonl")
             meta = gate_meta(self.cfg, self.provenance, init_digest(adapter), list(adapter.modules), last)
             save_gate(self.out / GATE, direction, meta)
 
@@ -258,7 +270,8 @@ class Recorder:
         """The batch of a step whose loss or gradient was not finite, to look into."""
         batch = collate(rollouts, [g.reward for g in graded], self.policy.tokenizer.pad_token_id)
         masks = {name: getattr(decision, name) for name in ("m", "d", "weight", "penalty")}
-        tensors = {**vars(batch), **masks, "advantage": advantage}
+        batched = {key: value for key, value in vars(batch).items() if isinstance(value, Tensor)}
+        tensors = {**batched, **masks, "advantage": advantage}
         rows = [{**asdict(r), "reward": g.reward} for r, g in zip(rollouts, graded, strict=True)]
         name = self.out / "skipped" / f"step_{step:06d}"
         try:
