@@ -1,15 +1,16 @@
 """A long run that must not grow: memory, descriptors, threads and temporary files, step by step.
 
-python -m vgrout.verify.soak [--steps 1000] [--start micro] [--arm routeV] [--out DIR]
+python -m vgrout.verify.soak [--steps 1000] [--start micro] [--arm routeV] [--out DIR] [--curve-to FILE]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -67,7 +68,9 @@ def grown(curve: Sequence[Use]) -> list[str]:
     return out
 
 
-def soak(steps: int = 1000, start: str = "micro", arm: str = "routeV", out: Path | None = None) -> int:
+def soak(
+    steps: int = 1000, start: str = "micro", arm: str = "routeV", out: Path | None = None, curve_to: Path | None = None
+) -> int:
     """Train, and print what the process holds. Returns 1 when something grew.
 
     Args:
@@ -75,6 +78,7 @@ def soak(steps: int = 1000, start: str = "micro", arm: str = "routeV", out: Path
         start: Preset of the settings.
         arm: Intervention.
         out: Keep the run here; a temporary folder otherwise.
+        curve_to: Also write what was held after every step to this file, one JSON object a line.
     """
     curve: list[Use] = []
     record = Recorder.step
@@ -82,6 +86,9 @@ def soak(steps: int = 1000, start: str = "micro", arm: str = "routeV", out: Path
     def watched(self: Recorder, *seen) -> None:
         record(self, *seen)
         curve.append(use(len(curve) + 1))
+        if curve_to is not None:
+            with curve_to.open("a") as file:
+                file.write(json.dumps(asdict(curve[-1])) + "\n")
 
     with tempfile.TemporaryDirectory() as folder, patch.object(Recorder, "step", watched):
         own = Path(folder) / "tmp"
