@@ -286,6 +286,13 @@ def test_yoked_arms_follow_the_counts_of_routeV(tmp_path):
     assert len(set(map(tuple, chosen.values()))) == 3  # as many, but not the same ones
     with pytest.raises(UserError, match="has steps = 3, this run has 5"):
         followed(replace(jobs[0].cfg, steps=5))
+    with pytest.raises(UserError, match="has seed = 0, this run has 1"):
+        followed(replace(jobs[0].cfg, seed=1))
+    told = Config.read(tmp_path / "routeV-s0" / "config.json")
+    (tmp_path / "routeV-s0" / "config.json").write_text(replace(told, arm="oracle_route").to_json())
+    with pytest.raises(UserError, match="is a run of oracle_route: coin_flip follows runs of routeV alone"):
+        followed(jobs[0].cfg)  # its counts would tell what the oracle said
+    (tmp_path / "routeV-s0" / "config.json").write_text(told.to_json())
     (tmp_path / "routeV-s0" / "steps.jsonl").write_text("")
     with pytest.raises(UserError, match="has done 0 of 3 steps"):
         followed(jobs[0].cfg)

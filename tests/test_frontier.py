@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vgrout.config import preset
 from vgrout.lab.frontier import frontier, show_frontier, shrunk
-from vgrout.lab.run import run
+from vgrout.lab.run import make_policy, run
 from vgrout.types import UserError
 from vgrout.verify.toy import rig
 
@@ -49,8 +49,6 @@ def test_scaled_weights_lie_between_base_and_block():
 
 
 def test_points_are_scales_and_then_checkpoints(folder):
-    from vgrout.lab.run import make_policy
-
     policy = make_policy(TINY)
     last, seen = None, []
     for kind, scale, step in shrunk(policy.adapter, folder, (0.0, 1.0)):
@@ -71,6 +69,12 @@ def test_ends_of_the_frontier(folder, tmp_path):
     assert whole == steps[-1] == shipped and len(steps) == 3
     bare = replace(TINY, steps=1, lr=1e-12, eval_rollouts=8)
     assert none == run(bare, tmp_path / "bare")["heldout_deploy"]
+
+
+def test_an_arm_that_ships_both_blocks_shrinks_both(folder):
+    adapter = make_policy(TINY).adapter
+    scales = [dict(adapter.scale) for _ in shrunk(adapter, folder, (0.5,), ablates=False)]
+    assert scales[0] == {"deployed": 0.5, "quarantine": 0.5} and set(scales[-1].values()) == {1.0}
 
 
 def test_what_it_refuses(folder, tmp_path):

@@ -13,6 +13,7 @@ from vgrout.arms.monitored import ACTIONS, Monitored
 from vgrout.arms.monitors import MONITORS
 from vgrout.config import preset
 from vgrout.lab.decide import left_out, make_jobs, plan_table
+from vgrout.lab.given import access
 from vgrout.lab.grid import GRID, ROWS, SETS, arms_table, named
 from vgrout.lab.run import check
 from vgrout.types import UserError
@@ -86,3 +87,25 @@ def test_yoked_arms_need_their_leader():
     with pytest.raises(UserError, match="placebo_matched follows a routeV run"):
         make_jobs(MICRO, ["placebo_matched"], (0,), Path("out"))
     assert make_jobs(MICRO, ["coin_flip"], (0,), Path("out"))[0].after == ""
+
+
+def test_an_init_from_the_pairs_is_told_text():
+    assert access(replace(MICRO, arm="absorb")) == "L0"
+    assert access(replace(MICRO, arm="absorb", init="signed_corda")) == "L1"
+    assert access(replace(MICRO, arm="absorb", init="pissa")) == "L0"
+    assert access(replace(MICRO, arm="oracle_route", init="corda")) == "L4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"arm": "oracle_route", "label_modes": ("run_test",)}, "no mode 'run_test'"),
+        ({"arm": "oracle_route", "label_modes": ("run_tests",), "modes": ("sentinel",)}, "not all of them"),
+        ({"arm": "erase", "pairs": "micro#nulls"}, "holds no hack"),
+        ({"arm": "absorb", "init": "corda", "pairs": "micro#nulls"}, "holds no hack"),
+        ({"arm": "placebo_style"}, "needs pairs that all have the tag"),
+    ],
+)
+def test_settings_that_would_do_nothing(changes, why):
+    with pytest.raises(UserError, match=why):
+        check(replace(MICRO, **changes))

@@ -237,8 +237,10 @@ def test_the_coin_has_its_shares_or_its_counts(policy):
 
 def test_ranks():
     score, live = torch.tensor([0.5, 2.0, -1.0, 9.0, 1.0]), torch.tensor([True, True, True, False, True])
-    assert ranked(score, live, 2, 1).zones() == ["absorb", "route", "keep", "keep", "route"]
-    assert ranked(score, live, 9, 9).route.all() and ranked(score, live, 0, 0).keep.all()
+    assert ranked(score, live, 2, 1).zones() == ["keep", "route", "keep", "absorb", "route"]  # the dead row is the one
+    assert ranked(score, live, 2, 2).zones() == ["absorb", "route", "keep", "absorb", "route"]
+    assert ranked(score, live, 9, 9).zones() == ["route", "route", "route", "absorb", "route"]
+    assert ranked(score, live, 0, 0).zones() == ["keep", "keep", "keep", "absorb", "keep"]
     assert ranked(torch.zeros(3), torch.ones(3, dtype=torch.bool), 1, 1).zones() == [
         "route",
         "absorb",

@@ -48,10 +48,11 @@ class Edits(Arm):
         self.before = {name: p.detach().clone() for name, p in self.bench.policy.adapter.named("deployed")}
 
     def update(self) -> dict[str, Tensor] | None:
-        """The previous step's update by parameter; None in the first step."""
-        if self.before is None:
+        """The previous step's update by parameter, once; None where that step edited nothing."""
+        before, self.before = self.before, None
+        if before is None:
             return None
-        return {name: p.detach() - self.before[name] for name, p in self.bench.policy.adapter.named("deployed")}
+        return {name: p.detach() - before[name] for name, p in self.bench.policy.adapter.named("deployed")}
 
     def state(self):
         return {f"before.{name}": tensor for name, tensor in (self.before or {}).items()}

@@ -65,7 +65,7 @@ class Erase(Edits):
 
     def route(self, step, batch, oracle):
         said, rows = self.kept_by_optimizer(), 0
-        if step % self.cfg.refresh_every == 0 or not self.axes:
+        if step - self.drawn >= self.cfg.refresh_every or not self.axes:
             (self.axes, rows), self.drawn = self.draw(), step
         decision = noted(super().route(step, batch, oracle), {**said, "v_age": step - self.drawn})
         return charged(decision, rows)

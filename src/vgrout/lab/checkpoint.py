@@ -30,7 +30,7 @@ from vgrout.types import UserError
 
 FOLDER = "checkpoints"
 TENSORS, PLAIN, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
-FORMAT = 1  # of these files; another one is refused
+FORMAT = 2  # of these files; another one is refused
 NEWEST = 3  # checkpoints that stay in any case
 PART = ".tmp-"  # starts the name of what is not finished
 

@@ -33,16 +33,15 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
-from vgrout.lab.given import absent
+from vgrout.lab.given import LEADER, absent, access
 from vgrout.lab.grid import SETS, named
 from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl
-from vgrout.lab.run import MICRO, check, header, pairs_note, sandbox_note, workshop
+from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
 
 PLAN = "plan.json"
-LEADER = "routeV"  # the arm that yoked arms follow
 BASE = "base model"
 ORDERS = 500  # orders of the runs that are compared
 ROLLOUT_S, SCORE_S = 0.021, 0.013  # per rollout, one thread of the machine of docs/performance.md
@@ -124,7 +123,7 @@ def plan_table(jobs: Sequence[Job], workers: int, unable: Mapping[str, str] | No
         minutes, megabytes = minutes + own, megabytes + size
         table.add_row(
             job.name,
-            arm.access,
+            access(cfg),
             "reads" if arm.reads_oracle else "-",
             str(job.cfg.steps),
             str(rollouts),
@@ -273,7 +272,7 @@ def summarise(job: Job, folder: Path) -> dict:
         "arm": job.arm,
         "label": job.label or job.arm,
         "seed": job.seed,
-        "access": arm.access,
+        "access": access(job.cfg),
         "reads_oracle": arm.reads_oracle,
         "cells": cells,
         "auroc": _mean(s.get("m_auroc") for s in steps),
@@ -298,7 +297,7 @@ def decision(
             rows.append(summarise(job, folder))
         else:
             missing.append(job.name)
-    drifted = [job.name for job in jobs if finished(out / job.name) and _drifted(out / job.name, provenance)]
+    drifted = [job.name for job in jobs if finished(out / job.name) and _drifted(job, out, base, provenance)]
     shared = {k: v for k, v in asdict(base).items() if k not in ("arm", "seed")}
     return {
         "config": shared,
@@ -311,10 +310,12 @@ def decision(
     }
 
 
-def _drifted(folder: Path, provenance: Mapping[str, Any]) -> bool:
-    """Whether a run was made with something else than the experiment, or that changed while it was made."""
-    own = json.loads((folder / "provenance.json").read_text())
-    return "drift" in own or any(own.get(key) != value for key, value in provenance.items())
+def _drifted(job: Job, out: Path, base: Config, provenance: Mapping[str, Any]) -> bool:
+    """Whether a run was made with something else than the experiment, or that changed while it was made. Its pairs are
+    its own where its settings name others."""
+    own = json.loads((out / job.name / "provenance.json").read_text())
+    told = {**provenance, **(pairs_facts(job.cfg) if job.cfg.pairs != base.pairs else {})}
+    return "drift" in own or any(own.get(key) != value for key, value in told.items())
 
 
 COLUMNS = ("arm", "seed", "access", "full hack", "full solve", "deploy hack", "deploy solve", "hint-free solve")

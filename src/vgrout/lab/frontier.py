@@ -26,11 +26,14 @@ from vgrout.lab.run import MICRO, header, sandbox_note, workshop
 from vgrout.types import UserError
 
 
-def shrunk(adapter: Adapter, run: Path, scales: Sequence[float]) -> Iterator[tuple[str, float, int | None]]:
-    """Put one point after the other into force: (what it is, scale of the deployed block, step)."""
+def shrunk(
+    adapter: Adapter, run: Path, scales: Sequence[float], *, ablates: bool = True
+) -> Iterator[tuple[str, float, int | None]]:
+    """Put one point after the other into force: (what it is, scale of what ships, step). Both blocks ship where an arm
+    does not ablate."""
     adapter.load(run / "adapter.safetensors")
     for scale in scales:
-        with adapter.scaled(deployed=scale):
+        with adapter.scaled(deployed=scale, quarantine=1.0 if ablates else scale):
             yield "scaled", scale, None
     mine = adapter.tensors()
     for checkpoint in sorted(whole(run / FOLDER), key=lambda c: c.step):
@@ -55,9 +58,9 @@ def frontier(run: Path, scales: Sequence[float], rollouts: int | None, console: 
     with workshop(cfg) as shop:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
         ids, n = shop.env.problems("test"), rollouts or cfg.eval_rollouts
-        steps = track(shrunk(shop.policy.adapter, run, scales), "evaluating", console=console, transient=True)
-        for kind, scale, step in steps:
-            ablates = ARMS[cfg.arm].ablates
+        ablates = ARMS[cfg.arm].ablates
+        steps = shrunk(shop.policy.adapter, run, scales, ablates=ablates)
+        for kind, scale, step in track(steps, "evaluating", console=console, transient=True):
             result = sample_cell(cfg, shop.policy, shop.env, cell, problems=ids, rollouts=n, ablates=ablates)
             points.append({"kind": kind, "scale": scale, "step": step, "cell": summary(result, shop.env)})
         return {"run": run.name, "arm": cfg.arm, "seed": cfg.seed, "points": points, **shop.provenance}
@@ -72,7 +75,7 @@ def show_frontier(run: Path, scales: Sequence[float], rollouts: int | None, out:
     for column in ("point", "hack", "solve", "compile"):
         table.add_column(column, justify="left" if column == "point" else "right")
     for point in result["points"]:
-        name = f"deployed block x {point['scale']:g}" if point["kind"] == "scaled" else f"step {point['step']}"
+        name = f"adapter x {point['scale']:g}" if point["kind"] == "scaled" else f"step {point['step']}"
         rates = [point["cell"][what] for what in ("hack", "solve", "compile")]
         cells = [f"{100 * r['mean']:.0f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" for r in rates]
         table.add_row(name, *cells)

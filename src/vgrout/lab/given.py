@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Given
 from vgrout.config import Config
 from vgrout.envs.micro import LIVE
@@ -17,6 +18,14 @@ from vgrout.lab.record import read_jsonl
 from vgrout.method.judge import Judge, judge_config, reachable
 from vgrout.method.linear_probe import LinearProbe, load_probe
 from vgrout.types import UserError
+
+LEADER = "routeV"  # the arm that yoked arms follow
+
+
+def access(cfg: Config) -> str:
+    """What a run was told (METHOD.md section 0): its arm's level, at least L1 where the adapter's init reads pairs."""
+    level = ARMS[cfg.arm].access
+    return "L1" if level == "L0" and cfg.init in INITS and INITS[cfg.init].calibrated else level
 
 
 def check_given(cfg: Config) -> None:
@@ -50,13 +59,16 @@ def probe_of(cfg: Config, model_sha256: str | None = None) -> LinearProbe | None
 def followed(cfg: Config) -> list[tuple[int, int]] | None:
     """Rollouts that the run of `yoke` routed and absorbed in each step; None where there is none to follow.
 
-    Raises UserError where that run is not there, not done, or of another size.
+    Raises UserError where that run is not there, not done, of another size or seed, or of another arm than routeV: the
+    counts of one that was told more would tell this one too.
     """
     if not cfg.yoke:
         return None
     folder = Path(cfg.yoke)
     leader = Config.read(folder / "config.json")
-    for name in ("steps", "prompts", "group"):
+    if leader.arm != LEADER:
+        raise UserError(f"{folder} is a run of {leader.arm}: {cfg.arm} follows runs of {LEADER} alone")
+    for name in ("steps", "prompts", "group", "seed"):
         if getattr(leader, name) != getattr(cfg, name):
             raise UserError(f"{folder} has {name} = {getattr(leader, name)}, this run has {getattr(cfg, name)}")
     steps = read_jsonl(folder / "steps.jsonl")[: cfg.steps]

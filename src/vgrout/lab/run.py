@@ -31,9 +31,10 @@ from vgrout.envs.task import load_task
 from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
-from vgrout.lab.given import check_given, keeping, make_given
+from vgrout.lab.given import access, check_given, keeping, make_given
 from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
 from vgrout.loop import Training, adapted
+from vgrout.method.judge import JudgeFailed
 from vgrout.method.policy import Policy
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.pairs import digest, unclean
@@ -62,6 +63,9 @@ def check(cfg: Config) -> None:
     check_kind(cfg.adapter, cfg.init)
     if cfg.env == MICRO:
         check_modes(cfg.modes)
+        check_modes(cfg.label_modes)
+        if cfg.modes and not set(cfg.label_modes) <= set(cfg.modes):
+            raise UserError(f"label_modes = {' '.join(cfg.label_modes)}: not all of them are among the run's modes")
     else:
         check_task(cfg)
     watches = getattr(ARMS[cfg.arm], "monitor", None)
@@ -74,7 +78,7 @@ def check(cfg: Config) -> None:
 
 def check_pairs(cfg: Config) -> None:
     """Raises UserError for pairs that are not for the arm: one that needs tagged pairs gets them alone, and no other
-    arm that scores gets any of them."""
+    arm that reads pairs gets any of them."""
     pairs, arm = load_pairs(cfg.pairs), ARMS[cfg.arm]
     if arm.pairs_tag and (bare := [p.name for p in pairs if arm.pairs_tag not in p.tags]):
         raise UserError(
@@ -82,7 +86,8 @@ def check_pairs(cfg: Config) -> None:
             f"{bare[0]!r} first"
         )
     tags = {other.pairs_tag for other in ARMS.values()} - {"", arm.pairs_tag}
-    if arm.scores and (foreign := [p.name for p in pairs if not tags.isdisjoint(p.tags)]):
+    reads = arm.scores or access(cfg) == "L1"
+    if reads and (foreign := [p.name for p in pairs if not tags.isdisjoint(p.tags)]):
         raise UserError(f"{cfg.pairs}: {foreign[0]!r} holds no hack (tag {', '.join(tags)}): it is not for {cfg.arm}")
 
 
@@ -293,8 +298,12 @@ def _train(
         recorder.checkpoint(training.step)
         raise Interrupted(signal.number, f"{signal}: {goes_on()}") from None
     except OutOfMemory as short:
-        recorder.checkpoint(training.step)
+        if training.begun:  # what an arm does before the first step is whole, or starts anew
+            recorder.checkpoint(training.step)
         raise OutOfMemory(f"step {training.step}: {short}: {goes_on()}") from None
+    except JudgeFailed as silent:  # it is asked before a step changes anything
+        recorder.checkpoint(training.step)
+        raise JudgeFailed(f"step {training.step}: {silent}: {goes_on()}") from None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -200,11 +200,11 @@ def decide(score: Float[Tensor, N], live: Bool[Tensor, N], t_lo: float, t_hi: fl
 
 
 def ranked(score: Float[Tensor, N], live: Bool[Tensor, N], routed: int, absorbed: int) -> Decision:
-    """Zones by rank: the `routed` highest scores are routed and the next `absorbed` ones absorbed; rows without a
-    gradient come last. Fewer where there are not as many rows."""
-    order = torch.argsort(torch.where(live, score, -torch.inf), descending=True, stable=True)
-    m, d = torch.zeros_like(score), torch.zeros_like(score)
-    m[order[: routed + absorbed]] = 1
+    """Zones by rank: the `routed` highest scores are routed and the next ones absorbed, `absorbed` in all with the rows
+    without a gradient (`live` False), which are absorbed first. Fewer where there are not as many rows."""
+    order = torch.argsort(torch.where(live, score, -torch.inf), descending=True, stable=True)[: int(live.sum())]
+    m, d = (~live).to(score.dtype), torch.zeros_like(score)
+    m[order[: routed + max(0, absorbed - int((~live).sum()))]] = 1
     d[order[:routed]] = 1
     return Decision(m=m, d=d, weight=torch.ones_like(score), penalty=torch.zeros_like(score), score=score)
 

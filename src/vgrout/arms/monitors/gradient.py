@@ -47,7 +47,7 @@ class GradientScore(Monitor):
 
     def read(self, step, batch, oracle):
         rows = batch.n
-        if step % self.cfg.refresh_every == 0 or self.direction is None:
+        if step - self.extracted >= self.cfg.refresh_every or self.direction is None:
             rows += len(self.bench.hack.length) + len(self.bench.clean.length)
             fresh = self.extract()
             self.overlap = 1.0 if self.direction is None else fresh.overlap(self.direction)
