@@ -1,7 +1,8 @@
 """How a training step grows: python bench/scale.py [--out FOLDER]. Needs the extra `report` for the plot.
 
 One quantity varies at a time: rollouts, completion length, model size, rank, pairs. Every point is a process of its own
-that takes steps of vanilla GRPO and of routeV on a random model whose completions all have full length. Writes
+that takes steps of vanilla GRPO and of routeV on a random model whose completions all have full length; for the pairs, v
+is extracted in every step. Writes
 scale.json and scale.svg, and prints for each line the exponent of its growth between its two largest points.
 """
 
@@ -127,6 +128,7 @@ def measure(point: Point, threads: int) -> dict:
         teacher_n=0,
         eval_every=0,
         threads=threads,
+        refresh_every=1 if point.axis == "pairs" else 5,  # pairs cost where v is extracted
     )
     policy = Policy(model, tokenizer, attach(model, cfg.adapter, cfg.rank, 0), cfg.temperature, cfg.micro_batch)
     bundled = load_pairs(cfg.pairs)

@@ -134,7 +134,7 @@ class Config:
     pairs: str = "micro"
     """`micro` or `leetcode` for bundled pairs, or path.md; then #section[/prefix][@tag,...], see docs/pairs.md."""
     placebo_seed: int | None = None
-    """Seed of a control's own chance, the placebo's direction or the coin's flips; follows `seed` unless it is set."""
+    """Seed of a control's own chance (random directions, coins, errors of labels); follows `seed` unless it is set."""
     yoke: str = ""
     """Arms that follow another run: its folder. In each step they route and absorb as many rollouts as it did."""
     coin_route: float = 0.25

@@ -55,7 +55,7 @@ def frontier(run: Path, scales: Sequence[float], rollouts: int | None, console: 
         raise UserError(f"{run} is of {cfg.env}, which has no oracle")
     (cell,) = [cell for cell in CELLS if cell.name == HEADLINE]
     points = []
-    with workshop(cfg) as shop:
+    with workshop(cfg, trains=False) as shop:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
         ids, n = shop.env.problems("test"), rollouts or cfg.eval_rollouts
         ablates = ARMS[cfg.arm].ablates

@@ -25,7 +25,7 @@ def evaluate_run(folder: Path, split: str, rollouts: int | None) -> tuple[dict[s
     cfg = Config.read(folder / "config.json")
     if rollouts is not None:
         cfg = replace(cfg, eval_rollouts=rollouts)
-    with workshop(cfg) as shop:
+    with workshop(cfg, trains=False) as shop:
         shop.policy.adapter.load(folder / "adapter.safetensors")
         results = final(cfg, shop.policy, shop.env, ablates=ARMS[cfg.arm].ablates, split=split)
         return summaries(results, shop.env), shop.provenance

@@ -56,8 +56,9 @@ class Workshop:
     given: Given = EMPTY
 
 
-def check(cfg: Config) -> None:
-    """What can be wrong with the names in a configuration. Raises UserError. `workshop` finds the rest: it builds."""
+def check(cfg: Config, *, trains: bool = True) -> None:
+    """What can be wrong with the names in a configuration, for what `trains` with it or only evaluates. Raises
+    UserError. `workshop` finds the rest: it builds."""
     if cfg.arm not in ARMS:
         raise UserError(f"unknown arm {cfg.arm!r}: choose one of {', '.join(ARMS)}")
     check_kind(cfg.adapter, cfg.init)
@@ -73,7 +74,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     check_pairs(cfg)
     model_path(cfg.model)
-    check_given(cfg)
+    if trains:
+        check_given(cfg)
 
 
 def check_pairs(cfg: Config) -> None:
@@ -138,13 +140,13 @@ def pairs_facts(cfg: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def workshop(cfg: Config) -> Iterator[Workshop]:
+def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
     """Everything that a run needs; the sandbox closes with it. Raises UserError where something does not load, and
     SandboxError where the sandbox fails its self-test."""
-    check(cfg)
+    check(cfg, trains=trains)
     torch.set_num_threads(cfg.threads)
     policy, weights = _policy(cfg)
-    given, own = make_given(cfg, weights)
+    given, own = make_given(cfg, weights) if trains else (EMPTY, {})
     facts = {
         "vgrout": __version__,
         "code_sha256": code_digest(),
