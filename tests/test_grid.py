@@ -20,6 +20,7 @@ from vgrout.types import UserError
 
 MICRO = preset("micro")
 LEVELS = {"L0", "L1", "L2", "L3", "L4", "env"}
+OUT = Path("out")
 JUDGED = {"judge_model": "played"}  # names a judge, and asks nobody
 
 
@@ -68,21 +69,40 @@ def test_the_table_of_arms_has_them_all():
 
 
 def test_arms_without_a_judge_are_listed_not_run():
-    unable = left_out(MICRO, ["all"])
+    unable = left_out(MICRO, ["all"], OUT)
     assert set(unable) == {name for name, arm in ARMS.items() if "judge" in arm.needs} != set()
-    assert set(unable.values()) == {"no --judge-model is named"}
+    assert all("--judge-model" in why for why in unable.values())
     jobs = make_jobs(MICRO, ["all"], (0,), Path("out"), unable)
     assert {job.arm for job in jobs} == set(ARMS) - set(unable)
-    assert "not run: judge_route (no --judge-model is named)" in plan_table(jobs, 2, unable).caption
-    assert left_out(MICRO, ["none", "judge_route"]) == {}  # whoever names it wants it
+    assert (
+        "not run: judge_route (judge_route asks a judge: name one as --judge-model"
+        in plan_table(jobs, 2, unable).caption
+    )
+    assert left_out(MICRO, ["none", "judge_route"], OUT) == {}  # whoever names it wants it
     with pytest.raises(UserError, match="judge_route asks a judge: name one"):
         make_jobs(MICRO, ["none", "judge_route"], (0,), Path("out"))
     gone = replace(MICRO, judge_model="m", judge_url="http://127.0.0.1:9/v1", judge_key_env="", judge_timeout=2.0)
-    assert all("127.0.0.1:9" in why for why in left_out(gone, ["all"]).values()) and left_out(gone, ["all"])
+    assert all("127.0.0.1:9" in why for why in left_out(gone, ["all"], OUT).values()) and left_out(gone, ["all"], OUT)
+
+
+def test_a_set_leaves_out_what_the_settings_do_not_allow(tmp_path):
+    """Without an oracle and without pairs of nulls; and what is wrong for all is said once."""
+    task, pairs = tmp_path / "task.py", tmp_path / "pairs.md"
+    task.write_text("PROMPTS = ['Write.', 'Read.', 'Count.']\ndef reward(prompt, completion): return 1.0\n")
+    pairs.write_text(
+        "Provenance: authored\n\n## own\n\n### one\n\n"
+        + "".join(f"#### {f}\n\n`````text\n{f}\n`````\n\n" for f in ("Prompt", "Hack", "Clean"))
+    )
+    base = replace(MICRO, env=str(task), teacher_n=0, pairs=str(pairs))
+    unable = left_out(base, ["all"], OUT)
+    assert "has no oracle" in unable["oracle_route"] and "no section 'nulls'" in unable["placebo_style"]
+    assert not {"none", "routeV", "placebo_matched", "erase"} & set(unable)
+    with pytest.raises(UserError, match="no model|is no model"):
+        left_out(replace(MICRO, model=str(tmp_path)), ["all"], OUT)
 
 
 def test_yoked_arms_need_their_leader():
-    jobs = {job.name: job for job in make_jobs(MICRO, ["all"], (0, 1), Path("out"), left_out(MICRO, ["all"]))}
+    jobs = {job.name: job for job in make_jobs(MICRO, ["all"], (0, 1), Path("out"), left_out(MICRO, ["all"], OUT))}
     assert jobs["placebo_matched-s1"].after == "routeV-s1" and jobs["placebo_matched-s1"].cfg.yoke == "out/routeV-s1"
     with pytest.raises(UserError, match="placebo_matched follows a routeV run"):
         make_jobs(MICRO, ["placebo_matched"], (0,), Path("out"))

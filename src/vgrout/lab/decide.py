@@ -72,11 +72,25 @@ class Job:
         return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 
-def left_out(base: Config, arms: Sequence[str]) -> dict[str, str]:
-    """Of the arms that only a set names: those that cannot run here, and why."""
-    spoken = {v.label for v in named(name for name in arms if name not in SETS)}
-    why = {v.label: absent(v.config(base, 0)) for v in named(arms) if v.label not in spoken}
-    return {label: reason for label, reason in why.items() if reason}
+def left_out(base: Config, arms: Sequence[str], out: Path) -> dict[str, str]:
+    """Of the arms that only a set names: those that cannot run here, and why. Raises UserError where none can."""
+    chosen, spoken = named(arms), {v.label for v in named(name for name in arms if name not in SETS)}
+    why: dict[str, str] = {}
+    for variant in chosen:
+        if variant.label in spoken:
+            continue
+        try:
+            job = Job(variant.arm, 0, variant.config(base, 0), variant.label)
+            job = _yoked(job, out) if any(v.label == LEADER for v in chosen) else job
+            check(job.cfg)
+            reason = absent(job.cfg)
+        except UserError as error:
+            reason = str(error)
+        if reason:
+            why[variant.label] = reason
+    if chosen and len(why) == len(chosen):
+        raise UserError(next(iter(why.values())))
+    return why
 
 
 def make_jobs(
@@ -445,7 +459,7 @@ def decide(
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: give a positive whole number")
-    unable = left_out(base, arms)
+    unable = left_out(base, arms, out)
     jobs = make_jobs(base, arms, seeds, out, unable)
     if plan:
         print_wide(plan_table(jobs, workers, unable), console)

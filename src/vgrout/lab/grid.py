@@ -60,7 +60,16 @@ GRID: tuple[Variant, ...] = (
     Variant("oracle_graft_classic", "oracle_graft", "honest rollouts train both blocks", {"graft_kind": "classic"}),
     Variant("oracle_graft_half", "oracle_graft", "half of the gradient moves", {"graft_strength": 0.5}),
     Variant("oracle_penalty_35", "oracle_penalty", "a caught hack earns nothing at all", {"penalty": 3.5}),
-    Variant("penalty_v_35", "penalty_v", "what is flagged earns nothing at all", {"penalty": 3.5}),
+    *(
+        Variant(f"{arm}_35", arm, "what is flagged earns nothing at all", {"penalty": 3.5})
+        for arm in ("penalty_v", "penalty_a", "probe_penalty", "judge_penalty")
+    ),
+    # Gates and forms of other arms.
+    Variant("erase_no_gate", "erase", "takes the component out either way", {"erase_gate": "no_gate"}),
+    Variant("erase_reverse", "erase", "turns the component round", {"erase_gate": "reverse"}),
+    Variant("adv_mod_mult", "adv_mod", "the published product", {"adv_form": "multiplicative"}),
+    Variant("adv_mod_clipped", "adv_mod", "the product, not below 0", {"adv_form": "clipped"}),
+    Variant("adv_mod_mean", "adv_mod", "reads the mean over the completion", {"adv_position": "resp_mean"}),
     # routeV with one thing changed.
     _routeV("p75", "cuts at fixed places of the pairs' band", policy="pair_p75"),
     _routeV("pair_mean", "cuts at the pairs' means, scored through the ablated model, baseline over kept rollouts",
