@@ -1,9 +1,9 @@
 """How a training step grows: python bench/scale.py [--out FOLDER]. Needs the extra `report` for the plot.
 
 One quantity varies at a time: rollouts, completion length, model size, rank, pairs. Every point is a process of its own
-that takes steps of vanilla GRPO and of routeV on a random model whose completions all have full length; for the pairs, v
-is extracted in every step. Writes
-scale.json and scale.svg, and prints for each line the exponent of its growth between its two largest points.
+that takes steps of vanilla GRPO and of routeV on a random model whose completions all have full length; for the pairs,
+v is extracted in every step. Writes scale.json and scale.svg, and prints for each line the exponent of its growth
+between its two largest points.
 """
 
 from __future__ import annotations
