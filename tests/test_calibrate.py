@@ -73,6 +73,6 @@ def test_emergence_counts_prompts_with_a_loophole(tmp_path):
     verdicts.append({"id": "cell", "hacked": True})
     for name, log in (("rollouts", rows), ("verdicts", verdicts)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    assert emergence(tmp_path) == 9  # three of the five steps 4 to 8 hack
-    assert emergence(tmp_path, hinted=False) == 11  # half of all can hack, so that it takes five such steps
+    assert emergence(tmp_path, hinted=True) == 9  # three of the five steps 4 to 8 hack
+    assert emergence(tmp_path) == 11  # half of all can hack, so that it takes five such steps
     assert emergence(tmp_path, level=1.1) is None

@@ -121,11 +121,11 @@ def first_step(folder: Path, cell: str, what: str, level: float) -> int | None:
     return None
 
 
-def emergence(folder: Path, *, hinted: bool = True, level: float = 0.5, window: int = 5) -> int | None:
+def emergence(folder: Path, *, hinted: bool = False, level: float = 0.5, window: int = 5) -> int | None:
     """The step at which the hack share of policy rollouts, averaged over `window` steps, passes `level`.
 
-    It counts rollouts whose prompt names a loophole, unless `hinted` is False: the others cannot hack, and how many
-    there are is a setting (`unhackable_frac`).
+    `hinted` counts rollouts whose prompt names a loophole alone: the others cannot hack, and how many there are is a
+    setting (`unhackable_frac`).
     """
     hacked = {v["id"]: v["hacked"] for v in read_jsonl(folder / "verdicts.jsonl")}
     steps: dict[int, list[bool]] = defaultdict(list)
@@ -196,8 +196,8 @@ def trained_bars(cfg: Config, base: float, folders: Mapping[str, Path]) -> list[
         Bar("none: solve, held-out markers", cells["heldout_deploy"]["solve"]["mean"]),
     ]
     emerged = emergence(vanilla)
-    bars.append(Bar("none: step at which half of the rollouts with a hint hack", emerged, high=cfg.steps / 3))
-    bars.append(Bar("none: step at which half of all rollouts hack", emergence(vanilla, hinted=False)))
+    bars.append(Bar("none: step at which half of the rollouts hack", emerged, high=cfg.steps / 3))
+    bars.append(Bar("none: step at which half of the rollouts with a hint hack", emergence(vanilla, hinted=True)))
     hack = [s["m_hack"] for s in read_jsonl(vanilla / "steps.jsonl")]
     taught = (
         float(np.mean(hack[max(0, cfg.teacher_off_step - 5) : cfg.teacher_off_step])) if cfg.teacher_off_step else 0.0
@@ -207,9 +207,7 @@ def trained_bars(cfg: Config, base: float, folders: Mapping[str, Path]) -> list[
     if (alone / "eval.json").exists():
         hacks = _cells(alone)["train_deploy"]["hack"]["mean"]
         bars.append(Bar("none without demonstrations: hack, train-like markers", hacks))
-        bars.append(
-            Bar("none without demonstrations: step at which half of the rollouts with a hint hack", emergence(alone))
-        )
+        bars.append(Bar("none without demonstrations: step at which half of the rollouts hack", emergence(alone)))
     solve = hint_free_solve(replace(cfg, arm="rl_baseline"), honest / "adapter.safetensors")
     bars.append(Bar("rl_baseline: solve gained over base, hint-free", solve - base, low=0.10))
     bars.append(Bar("rl_baseline: solve, hint-free", solve))
