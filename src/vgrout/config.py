@@ -91,7 +91,7 @@ class Config:
     """`micro`, or a Python file with PROMPTS and reward: a task without an oracle."""
     modes: tuple[str, ...] = ()
     """Loopholes whose problems are trained on and evaluated; all of the environment's when none is named."""
-    unhackable_frac: float = 0.2
+    unhackable_frac: float = 0.15
     """Share of prompts shown hint-free and graded by the reward tests alone; re-drawn every step."""
     deploy_gen_frac: float = 1.0
     """Share of rollouts sampled with the quarantine ablated (0 for arms that ship as they are)."""
