@@ -854,7 +854,7 @@ def test_a_guard_remembers_across_an_interruption(tmp_path):
 
 
 def test_growth_is_seen():
-    flat = [Use(i, 600 + i % 7, 24, 12, 3, 1) for i in range(100)]
+    flat = [Use(i, 600 + i % 7, 180, 500_000, 24, 12, 3, 1) for i in range(100)]
     assert grown(flat) == []
     leaks = [replace(u, megabytes=u.megabytes + i / 2, descriptors=12 + (i > 80)) for i, u in enumerate(flat)]
     assert grown(leaks) == ["megabytes 610 to 650", "descriptors 12 to 13"]

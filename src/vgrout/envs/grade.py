@@ -21,11 +21,11 @@ from vgrout.envs.sandbox import Sandbox
 from vgrout.types import Arguments, Graded, Problem, Prompt, Test
 
 COMPILES, PASSES = 0.5, 3.0
-CACHE = 20_000  # programs
+CACHE = 4096  # programs: those of some 60 steps of 64 rollouts; older ones hardly come again
 PROBLEMS = 1024  # problems whose inputs are kept ready
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the oracle and the channels say of one program. Training never opens it."""
 

@@ -5,12 +5,14 @@ python -m vgrout.verify.soak [--steps 1000] [--start micro] [--arm routeV] [--ou
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -24,6 +26,7 @@ from vgrout.lab.record import Recorder
 from vgrout.lab.run import run
 
 ROWS = 11  # of the printed curve
+HEADS = ("step", "MB", "MB allocated", "objects", "MB of children", "descriptors", "threads", "temporary files")
 GROWTH = 0.01  # that still counts as flat
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -34,6 +37,8 @@ class Use:
 
     step: int
     megabytes: float  # resident, of this process
+    allocated: float  # megabytes that glibc's malloc has given out and not had back, of this process
+    objects: int  # that Python's collector tracks
     children: float  # resident megabytes of its children
     descriptors: int
     threads: int
@@ -44,12 +49,32 @@ def _resident(pid: str) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 1e6
 
 
+class _Malloc(ctypes.Structure):
+    """glibc's struct mallinfo2: bytes and counts over all arenas."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _allocated() -> float:
+    _libc.mallinfo2.restype = _Malloc
+    held = _libc.mallinfo2()
+    return (held.uordblks + held.hblkhd) / 1e6
+
+
 def use(step: int) -> Use:
-    """Of now. Linux only."""
+    """Of now. Linux with glibc >= 2.33 only."""
     children = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
     return Use(
         step=step,
         megabytes=_resident("self"),
+        allocated=_allocated(),
+        objects=len(gc.get_objects()),
         children=sum(map(_resident, children)),
         descriptors=len(os.listdir("/proc/self/fd")),
         threads=len(os.listdir("/proc/self/task")),
@@ -61,7 +86,7 @@ def grown(curve: Sequence[Use]) -> list[str]:
     """What the last tenth of a curve holds more of than its second tenth, by the median."""
     tenth = max(1, len(curve) // 10)
     out = []
-    for name in ("megabytes", "children", "descriptors", "threads", "temporary"):
+    for name in (field.name for field in fields(Use) if field.name != "step"):
         early, late = (median(getattr(u, name) for u in part) for part in (curve[tenth : 2 * tenth], curve[-tenth:]))
         if late > (1 + GROWTH) * early:
             out.append(f"{name} {early:.0f} to {late:.0f}")
@@ -97,7 +122,7 @@ def soak(
             path.chmod(0o711)
         tempfile.tempdir = str(own)
         run(replace(preset(start), arm=arm, steps=steps), out or Path(folder) / "run")
-    table = Table("step", "MB", "MB of children", "descriptors", "threads", "temporary files")
+    table = Table(*HEADS)
     for i in sorted({round(k * (len(curve) - 1) / (ROWS - 1)) for k in range(ROWS)}):
         table.add_row(*(f"{value:.0f}" for value in vars(curve[i]).values()))
     console = Console()
