@@ -28,6 +28,7 @@ from vgrout.method.direction import (
     orthogonal,
     svd,
     v_grad,
+    v_unit,
 )
 from vgrout.method.gate import POLICIES, decide, weighted_quantile
 from vgrout.method.loss import advantages
@@ -59,6 +60,16 @@ def unit(x):
 def test_v_grad_is_the_unit_mean_difference(sides):
     hack, clean = (x.numpy() for x in sides)
     assert np.allclose(v_grad(*sides).numpy(), unit((hack - clean).mean(0)), atol=1e-6)
+
+
+def test_unit_weighs_every_pair_alike(sides):
+    hack, clean = (x.numpy() for x in sides)
+    v = v_unit(*sides)
+    assert np.allclose(v.numpy(), unit((unit(hack) - unit(clean)).mean(0)), atol=1e-6)
+    loud = torch.ones(C, 1, 1)
+    loud[0] = 50  # one pair's gradients are much longer than the others'
+    assert torch.allclose(v_unit(sides[0] * loud, sides[1] * loud), v, atol=1e-5)
+    assert not torch.allclose(v_grad(sides[0] * loud, sides[1] * loud), v_grad(*sides), atol=0.1)
 
 
 def test_orthogonal_to_what_the_clean_sides_share(sides):
@@ -126,7 +137,7 @@ def test_score_along_axes_by_numpy():
 def test_the_default_is_v_grad_bit_for_bit(sides):
     assert Config().direction == "v_grad"
     assert torch.equal(DIRECTIONS["v_grad"](*sides, 5), v_grad(*sides))
-    assert set(DIRECTIONS) == {"v_grad", "svd", "orthogonal"}
+    assert set(DIRECTIONS) == {"v_grad", "unit", "svd", "orthogonal"}
 
 
 def test_haar_axes_are_uniform_frames():

@@ -100,7 +100,7 @@ class Config:
     teacher_n: int = 1
     """Hack demonstrations per group in the teacher phase, and as many solutions. 0: no demonstrations."""
 
-    direction: Literal["v_grad", "svd", "orthogonal"] = "v_grad"
+    direction: Literal["v_grad", "unit", "svd", "orthogonal"] = "v_grad"
     """What is extracted from the pairs: the mean difference of their c-gradients; the `direction_axes` main axes of
     the differences; or the mean difference without what the clean sides share."""
     direction_axes: int = 2

@@ -2,6 +2,7 @@
 
     per pair   g = c-gradient [M, R] of the mean completion NLL
     v_grad     v_m = unit( mean_pairs( g_hack - g_clean ) )          per module m
+    unit       v_m = unit( mean_pairs( unit(g_hack) - unit(g_clean) ) )  no pair counts more for a longer gradient
     orthogonal v_m = unit( v - <v, s> s )                            s = unit( mean_pairs g_clean ), the solve direction
     svd        v_m = top K right singular vectors of the pairs' differences [C, R], each with the sign of most pairs
     cos_im     = cos( g_im, v_m )                                    with K axes: see `cosines`
@@ -81,6 +82,11 @@ def v_grad(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"], axes: in
     return normalize((hack - clean).mean(0), dim=-1)
 
 
+def v_unit(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"], axes: int = 1) -> Float[Tensor, "M R"]:
+    """v_grad of the rows scaled to length 1, which is how rollouts are scored: by their cosine."""
+    return v_grad(normalize(hack, dim=-1), normalize(clean, dim=-1))
+
+
 def orthogonal(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"], axes: int = 1) -> Float[Tensor, "M R"]:
     """v_grad without its component along what the clean sides share. A module in which nothing is left is silent: 0."""
     v, solve = v_grad(hack, clean), normalize(clean.mean(0), dim=-1)
@@ -102,7 +108,7 @@ def svd(hack: Float[Tensor, "C M R"], clean: Float[Tensor, "C M R"], axes: int =
 
 
 Extract = Callable[..., Tensor]  # (hack [C, M, R], clean [C, M, R], axes) -> v [M, *K, R]
-DIRECTIONS: dict[str, Extract] = {"v_grad": v_grad, "svd": svd, "orthogonal": orthogonal}
+DIRECTIONS: dict[str, Extract] = {"v_grad": v_grad, "unit": v_unit, "svd": svd, "orthogonal": orthogonal}
 
 
 def haar(modules: int, rank: int, seed: int, widths: Sequence[int] = ()) -> Float[Tensor, "M R"]:
