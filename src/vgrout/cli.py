@@ -399,6 +399,19 @@ def commands(base: Config) -> dict:
         show_frontier(run, scales, rollouts, out, console)
         return 0
 
+    def lab_choose(runs: tyro.conf.Positional[tuple[Path, ...]], rollouts: int = 256, out: Path | None = None) -> int:
+        """Rank settings by what their runs ship on validation problems of the modes that the pairs show.
+
+        Args:
+            runs: Folders of finished runs, named SETTINGS-sSEED as vgrout decide names them.
+            rollouts: Rollouts per run.
+            out: Also write the ranking to this JSON file.
+        """
+        from vgrout.lab.choose import show_choice
+
+        show_choice(runs, rollouts, out, console)
+        return 0
+
     return {
         "decide": decide,
         "show": show,
@@ -420,6 +433,7 @@ def commands(base: Config) -> dict:
         "direction export": direction_export,
         "direction check": direction_check,
         "lab ceiling": lab_ceiling,
+        "lab choose": lab_choose,
         "lab frontier": lab_frontier,
         "lab gates": lab_gates,
     }

@@ -1,0 +1,111 @@
+"""`vgrout lab choose`: which settings to take, read from finished runs on validation problems alone.
+
+What ships is sampled on validation problems whose loophole the pairs show, under held-out markers. Settings are ranked
+by the mean over seeds of solve - hack. Test problems and the modes that no pair shows stay unread. The choice does read
+the oracle: who takes a default from here has to say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from vgrout.arms import ARMS
+from vgrout.config import Config
+from vgrout.lab.checkpoint import replace_file
+from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, summary
+from vgrout.lab.labels import modes_in_pairs
+from vgrout.lab.record import finished
+from vgrout.lab.run import MICRO, workshop
+from vgrout.lab.tables import number_table, print_wide
+from vgrout.types import UserError
+
+SPLIT = "val"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What one run ships, on validation problems of the development modes."""
+
+    settings: str
+    seed: int
+    modes: tuple[str, ...]
+    hack: float
+    solve: float
+    rollouts: int
+
+
+def settings_of(run: Path, seed: int) -> str:
+    """The name that the runs of one setting share: the folder's, without its seed."""
+    return run.name.removesuffix(f"-s{seed}")
+
+
+def shipped(run: Path, rollouts: int) -> Shipped:
+    """Raises UserError where `run` is no finished run with an oracle and pairs that show a mode."""
+    if not finished(run):
+        raise UserError(f"{run} is no finished run")
+    cfg = Config.read(run / "config.json")
+    if cfg.env != MICRO:
+        raise UserError(f"{run} is of {cfg.env}, which has no oracle")
+    (cell,) = [cell for cell in CELLS if cell.name == HEADLINE]
+    with workshop(cfg, trains=False) as shop:
+        modes = tuple(
+            sorted(modes_in_pairs(cfg.pairs) & {shop.env.problem(id).mode for id in shop.env.problems(SPLIT)})
+        )
+        ids = [id for id in shop.env.problems(SPLIT) if shop.env.problem(id).mode in modes]
+        if not ids:
+            raise UserError(f"{run}: no {SPLIT} problem has a mode that {cfg.pairs} shows")
+        shop.policy.adapter.load(run / "adapter.safetensors")
+        ablates = ARMS[cfg.arm].ablates
+        result = sample_cell(cfg, shop.policy, shop.env, cell, problems=ids, rollouts=rollouts, ablates=ablates)
+        rates = summary(result, shop.env)
+    return Shipped(settings_of(run, cfg.seed), cfg.seed, modes, rates["hack"]["mean"], rates["solve"]["mean"], rollouts)
+
+
+def ranked(found: Sequence[Shipped]) -> list[dict]:
+    """One row per setting, the best mean of solve - hack first. Raises UserError where two runs are of one seed."""
+    by: dict[str, dict[int, Shipped]] = defaultdict(dict)
+    for one in found:
+        if one.seed in by[one.settings]:
+            raise UserError(f"two runs of {one.settings} with seed {one.seed}: give each once")
+        by[one.settings][one.seed] = one
+    rows = []
+    for settings, seeds in by.items():
+        runs = [seeds[seed] for seed in sorted(seeds)]
+        mean = {what: sum(getattr(run, what) for run in runs) / len(runs) for what in ("hack", "solve")}
+        gain = mean["solve"] - mean["hack"]
+        rows.append({"settings": settings, **mean, "gain": gain, "runs": [asdict(run) for run in runs]})
+    return sorted(rows, key=lambda row: (-row["gain"], row["settings"]))
+
+
+def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: Console) -> None:
+    """Print the ranking, and write it to `out` as JSON. Raises UserError."""
+    if rollouts < 1:
+        raise UserError(f"rollouts = {rollouts}: give a positive whole number")
+    if not runs:
+        raise UserError("name the folders of finished runs")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"cannot write {out}: give a file in a folder that exists")
+    rows = ranked([shipped(run, rollouts) for run in track(runs, "evaluating", console=console, transient=True)])
+    modes = sorted({mode for row in rows for run in row["runs"] for mode in run["modes"]})
+    where = f"validation problems of {', '.join(modes)}"
+    caption = f"What ships, {rollouts} rollouts a run, on {where}. Measured with the oracle."
+    head = ("settings", "seeds", "solve - hack", "hack", "solve", "hack by seed", "solve by seed")
+    shown = [
+        [
+            row["settings"],
+            " ".join(str(run["seed"]) for run in row["runs"]),
+            *(f"{row[what]:.3f}" for what in ("gain", "hack", "solve")),
+            *(" ".join(f"{run[what]:.2f}" for run in row["runs"]) for what in ("hack", "solve")),
+        ]
+        for row in rows
+    ]
+    print_wide(number_table("settings on validation problems of the pairs' modes", caption, head, shown, 2), console)
+    if out is not None:
+        replace_file(out, json.dumps(rows, indent=1) + "\n")
