@@ -25,8 +25,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vgrout.config import Config
+from vgrout.config import Config, preset
 from vgrout.envs.modes import MODES
+from vgrout.lab.given import REQUESTS
+from vgrout.lab.record import read_jsonl
+from vgrout.lab.run import resume, run
 from vgrout.method import judge as judging
 from vgrout.method.judge import (
     Judge,
@@ -828,3 +831,33 @@ def test_the_judge_is_blind(package):
         tree = ast.parse((package / "method" / f"{file}.py").read_text())
         names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         assert names and not [name for name in names if "envs" in name]
+
+
+# A run that asks one.
+
+
+def test_a_run_records_what_its_judge_cost_over_all_its_processes(server, tmp_path):
+    tiny = {"steps": 3, "prompts": 2, "group": 4, "teacher_off_step": 0, "eval_every": 0, "eval_rollouts": 8}
+    named = {"judge_url": server.url, "judge_model": "m", "judge_key_env": KEY_ENV, "judge_retries": 0}
+    cfg = replace(preset("smoke"), arm="judge_route", **tiny, **named)
+    told = {"on": True}
+
+    def script(handler, n, messages):
+        if told["on"] and n > 8:  # the first step's questions are answered
+            handler.answer(b"{}", status=500)
+        else:
+            handler.rule(messages)
+
+    server.script = script
+    with pytest.raises(JudgeFailed, match="go on with"):
+        run(cfg, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / REQUESTS).read_text())
+    assert first["calls"] == len(server.asked) > 8 and first["failures"] == sum(first["faults"].values()) > 0
+    told["on"] = False
+    resume(tmp_path / "run")
+    both = json.loads((tmp_path / "run" / REQUESTS).read_text())
+    assert both["calls"] == len(server.asked) and both["failures"] == first["failures"]
+    assert both["faults"] == first["faults"]
+    assert both["prompt_tokens"] - first["prompt_tokens"] == 11 * (both["calls"] - first["calls"]) > 0
+    judged = [step["judged"] for step in read_jsonl(tmp_path / "run" / "steps.jsonl")]
+    assert len(judged) == 3 and all(1 <= n <= 8 for n in judged)

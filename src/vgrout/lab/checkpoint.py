@@ -172,7 +172,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two stamps disagree on, with short values named."""
     out = []
     for key in sorted({*there, *here}):
-        values = [json.dumps(side.get(key)) for side in (there, here)]
+        values = [json.dumps(side.get(key), sort_keys=True) for side in (there, here)]
         if values[0] != values[1]:
             out.append(f"{key} ({values[0]} there, {values[1]} here)" if max(map(len, values)) < 40 else key)
     return out

@@ -33,7 +33,7 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
-from vgrout.lab.given import LEADER, absent, access
+from vgrout.lab.given import LEADER, REQUESTS, absent, access
 from vgrout.lab.grid import SETS, named
 from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
@@ -272,7 +272,7 @@ def _mean(values) -> float | None:
     return round(float(np.mean(known)), 6) if known else None
 
 
-COSTS = ("tokens", "extra_forward", "extra_backward", "judge_calls")  # of the steps; rows through the model, but tokens
+COSTS = ("tokens", "extra_forward", "extra_backward", "judged")  # of the steps: tokens, rows through the model, texts
 
 
 def summarise(job: Job, folder: Path) -> dict:
@@ -361,13 +361,21 @@ def _passes(cost: Mapping[str, int]) -> str:
 
 
 def _judged(result: dict) -> bool:
-    """Whether any run asked a judge: the table says then how often."""
-    return any(run["cost"]["judge_calls"] for run in result["runs"])
+    """Whether any run had texts judged: the table says then how many requests that took."""
+    return any(run["cost"].get("judged") for run in result["runs"])
 
 
-def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]], str]:
-    """The table's rows, and the notes that belong under it."""
+def _requests(counts: Mapping[str, int] | None) -> str:
+    """Requests to a judge, and how many of them brought no answer."""
+    if not counts:
+        return "-"
+    return f"{counts['calls']}" + (f" ({counts['failures']} failed)" if counts["failures"] else "")
+
+
+def result_rows(result: dict, timing: Mapping[str, Any]) -> tuple[list[list[str]], str]:
+    """The table's rows, and the notes that belong under it. `timing` is timing.json: seconds and requests by run."""
     rows = []
+    seconds, requests = timing.get("runs", {}), timing.get("judge", {})
     judged = _judged(result)
     if result["base"]:
         rows.append([BASE, "-", "-", *_rates(result["base"]["cells"]), "-", "-", "-", "-", *["-"] * judged])
@@ -383,7 +391,7 @@ def result_rows(result: dict, seconds: dict[str, float]) -> tuple[list[list[str]
                 f"{run['qmass']:.2f}",
                 f"{seconds[name]:.0f}" if name in seconds else "-",
                 _passes(run["cost"]),
-                *[str(run["cost"]["judge_calls"])] * judged,
+                *[_requests(requests.get(name))] * judged,
             ]
         )
     shown = [run["cells"] for run in (*result["runs"], *filter(None, [result["base"]]))]
@@ -412,9 +420,9 @@ def result_head(result: dict) -> tuple[str, tuple[str, ...]]:
     return "test prompts; mean reward [95 % interval]", head
 
 
-def result_table(result: dict, seconds: dict[str, float]) -> Table:
+def result_table(result: dict, timing: Mapping[str, Any]) -> Table:
     """Every arm on held-out problems and held-out markers: full and deployed, with 95 % intervals."""
-    rows, notes = result_rows(result, seconds)
+    rows, notes = result_rows(result, timing)
     title, head = result_head(result)
     return number_table(title, notes, head, rows, 1)
 
@@ -426,15 +434,15 @@ def show(out: Path, seeds: Sequence[int], markdown: bool, console: Console) -> N
         raise UserError(f"no finished experiment in {out}: it has no decision.json")
     try:
         result = json.loads(file.read_text())
-        seconds = json.loads((out / "timing.json").read_text())["runs"]
+        timing = json.loads((out / "timing.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the experiment in {out}: {error}") from None
     if seeds:
         result["runs"] = [run for run in result["runs"] if run["seed"] in seeds]
     if not markdown:
-        print_wide(result_table(result, seconds), console)
+        print_wide(result_table(result, timing), console)
         return
-    rows, notes = result_rows(result, seconds)
+    rows, notes = result_rows(result, timing)
     _, head = result_head(result)
     lines = [head, ["---"] * len(head), *rows]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}".replace("* reads", "\\* reads"))
@@ -523,9 +531,12 @@ def _decide(
     files = {job.name: out / job.name / "timing.json" for job in jobs if finished(out / job.name)}
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
     earlier = json.loads((out / "timing.json").read_text())["wall"] if (out / "timing.json").is_file() else 0.0
-    timing = {"wall": round(earlier + time.monotonic() - begun, 1), "runs": seconds}
+    asked = {job.name: json.loads(f.read_text()) for job in jobs if (f := out / job.name / REQUESTS).is_file()}
+    timing = {"wall": round(earlier + time.monotonic() - begun, 1), "runs": seconds} | (
+        {"judge": asked} if asked else {}
+    )
     replace_file(out / "timing.json", json.dumps(timing, indent=2) + "\n")
-    print_wide(result_table(result, seconds), console)
+    print_wide(result_table(result, timing), console)
     if base_cells is None:
         codes["base"] = 1
     for name, code in sorted(codes.items()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Given
 from vgrout.config import Config
 from vgrout.envs.micro import LIVE
+from vgrout.faults import warn
+from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.record import read_jsonl
 from vgrout.method.judge import Judge, judge_config, reachable
 from vgrout.method.linear_probe import LinearProbe, load_probe
 from vgrout.types import UserError
 
 LEADER = "routeV"  # the arm that yoked arms follow
+REQUESTS = "judge_requests.json"  # in a run's folder
 
 
 def access(cfg: Config) -> str:
@@ -104,3 +109,17 @@ def keeping(given: Given, cfg: Config, out: Path) -> Iterator[Given]:
         yield replace(given, judge=judge)
     finally:
         judge.close()
+        _count(out / REQUESTS, judge)
+
+
+def _count(file: Path, judge: Judge) -> None:
+    """Add what this process asked to what the run's earlier ones did. A process that was killed is not in it."""
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # what it cost is no result
+        earlier = json.loads(file.read_text())
+    counts = {key: round(value + earlier.get(key, 0), 2) for key, value in asdict(judge.counts).items()}
+    faults = dict(sorted((judge.faults + Counter(earlier.get("faults", {}))).items()))
+    try:
+        replace_file(file, json.dumps({**counts, "faults": faults}, indent=2) + "\n")
+    except OSError as error:
+        warn(f"{file} could not be written: {error.strerror}")

@@ -15,7 +15,8 @@ checkpoints/         states from which the run goes on, see lab/checkpoint.py
 gate.safetensors     the gate of an arm that scores along a direction, see lab/gatefile.py
 trace/               what the gate scored in every `trace_every`-th step, see lab/trace.py
 skipped/             the batches of steps that moved nothing because a loss or gradient was not finite
-timing.json          seconds so far; nothing else depends on the clock
+timing.json          seconds so far
+judge_requests.json  requests to a judge, retries, failures by kind, tokens and seconds of waiting so far
 .vgrout              says that vgrout made the folder: only such a one is ever replaced. Whoever writes locks it
 """
 

@@ -23,5 +23,5 @@ class Opinion(Monitor):
             d=flagged,
             weight=torch.ones(batch.n),
             penalty=torch.zeros(batch.n),
-            note={"judge_calls": len(set(batch.texts))},
+            note={"judged": len(set(batch.texts))},
         )
