@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from vgrout.config import Config
 from vgrout.envs.micro import problems
 from vgrout.lab import ceiling as ceiling_module
 from vgrout.lab import direction as direction_module
@@ -28,7 +29,7 @@ from vgrout.lab.measure import auroc, f_beta
 from vgrout.lab.ranking import chance, ranking
 from vgrout.lab.record import MADE, MARK, read_jsonl
 from vgrout.lab.run import Workshop, resume, run
-from vgrout.lab.trace import discard_from, init_digest, read_trace, read_traces, save_trace
+from vgrout.lab.trace import discard_from, init_digest, read_trace, read_traces, save_trace, scoring
 from vgrout.method.direction import calibrate, cosines, haar, svd, v_grad
 from vgrout.types import Decision, UserError
 from vgrout.verify.toy import PAIRS, TOY, toy_policy
@@ -288,8 +289,8 @@ def plant(out: Path, made: Path) -> Path:
         flagged = score > score.quantile(0.5)
         decision = Decision(z, z, z, z, score, (0.0, 0.0), {}, g, vars(direction))
         names = [f"{step}-{i}" for i in range(8)]
-        meta = {k: gate.meta[k] for k in ("modules", "init_sha256")} | {"arm": "routeV", "score_state": "full"}
-        save_trace(out / "trace", step, names, decision, meta | {"pairs": "micro"})
+        meta = {k: gate.meta[k] for k in ("modules", "init_sha256")}
+        save_trace(out / "trace", step, names, decision, {**meta, **scoring(Config()), "arm": "routeV"})
         for i, name in enumerate(names):
             source = "teacher" if step == 0 and i == 0 else "policy"
             row = {"id": name, "phase": "train", "problem": ids[str(mode[i])][step], "source": source, "step": step}
@@ -352,7 +353,14 @@ def test_check_as_a_table_and_as_json(planted, tmp_path, capsys):
 
 def test_check_refuses_what_does_not_fit(planted, made, tmp_path):
     gate = load_gate(planted / "gate.safetensors")
-    for change in ({"init_sha256": "0"}, {"modules": ["a"]}, {"model_sha256": "0"}):
+    changes = {
+        "init_sha256": "0",
+        "modules": ["a"],
+        "model_sha256": "0",
+        "features": "activations",
+        "score_loss": "grpo",
+    }
+    for change in ({key: value} for key, value in changes.items()):
         save_gate(tmp_path / "other", gate.direction, {**gate.meta, **change})
         with pytest.raises(UserError, match=f"does not fit.*{next(iter(change))}"):
             check(tmp_path / "other", planted, draws=5, window=0)

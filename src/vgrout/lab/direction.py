@@ -34,6 +34,7 @@ from vgrout.types import UserError
 
 ALL = "all"
 LEAST = 3  # hacks and others that a cell needs
+LIKE = ("features", "score_loss")  # of gate and trace: one scores the other's rollouts
 CHUNK = 250  # draws scored at once
 
 
@@ -140,13 +141,14 @@ def compare(score: np.ndarray, hacked: np.ndarray) -> dict:
 
 
 def fits(gate: GateFile, traces: Sequence[Trace], run: Path) -> None:
-    """Raises UserError where a gate's coordinates are not those of a trace: other modules, adapter init or model."""
+    """Raises UserError where a gate's coordinates are not those of a trace: other modules, adapter init, model, or
+    features of another kind."""
     provenance = json.loads((run / "provenance.json").read_text())
     there = {
         **{key: provenance.get(key) for key in HASHES},
-        **{k: traces[0].meta[k] for k in ("modules", "init_sha256")},
+        **{k: traces[0].meta[k] for k in ("modules", "init_sha256", *LIKE)},
     }
-    wrong = [key for key in ("modules", "init_sha256", "model_sha256") if gate.meta[key] != there[key]]
+    wrong = [key for key in ("modules", "init_sha256", "model_sha256", *LIKE) if gate.meta[key] != there[key]]
     if wrong:
         raise UserError(f"the gate does not fit the trace of {run}: other {', '.join(wrong)}")
 

@@ -16,12 +16,12 @@ from typing import Any
 from vgrout.arms.base import part
 from vgrout.config import Config
 from vgrout.lab.tensorfile import read_file, write_file
-from vgrout.lab.trace import SCORING, split_fields
+from vgrout.lab.trace import scoring, split_fields
 from vgrout.method.direction import Direction
 from vgrout.types import UserError
 
 NAME = "gate.safetensors"
-KIND, FORMAT = "gate", 1
+KIND, FORMAT = "gate", 2
 POOLING = "mean over modules of (cosine - mean) / sd"
 HASHES = ("pairs_sha256", "model_sha256")
 
@@ -47,7 +47,7 @@ def gate_meta(
         "seed": cfg.seed,
         "steps": 0 if last is None else last["step"] + 1,
         "v_age": None if last is None else last.get("v_age"),
-        **{key: getattr(cfg, key) for key in SCORING},
+        **scoring(cfg),
         "pooling": POOLING,
         "modules": modules,
         "thresholds": [None, None] if last is None else [last.get("t_lo"), last.get("t_hi")],

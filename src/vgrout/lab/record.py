@@ -50,7 +50,7 @@ from vgrout.lab.gatefile import NAME as GATE
 from vgrout.lab.gatefile import direction_of, gate_meta, save_gate
 from vgrout.lab.measure import auroc, f_beta
 from vgrout.lab.trace import FOLDER as TRACES
-from vgrout.lab.trace import SCORING, discard_from, init_digest, save_trace
+from vgrout.lab.trace import discard_from, init_digest, save_trace, scoring
 from vgrout.loop import collate
 from vgrout.method.policy import Policy
 from vgrout.signals import held
@@ -252,7 +252,7 @@ class Recorder:
 
     def _trace(self, step: int, rollouts: Sequence[Rollout], decision: Decision) -> None:
         adapter = self.policy.adapter
-        facts = {key: getattr(self.cfg, key) for key in ("arm", *SCORING)}
+        facts = {"arm": self.cfg.arm, **scoring(self.cfg)}
         facts |= {"modules": list(adapter.modules), "init_sha256": init_digest(adapter)}
         try:
             save_trace(self.out / TRACES, step, [r.id for r in rollouts], decision, facts)

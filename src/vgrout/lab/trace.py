@@ -23,14 +23,25 @@ from torch import Tensor
 
 from vgrout.adapters import Adapter
 from vgrout.adapters.base import BLOCKS
+from vgrout.arms import ARMS
+from vgrout.arms.monitored import Monitored
+from vgrout.arms.monitors import GradientScore
+from vgrout.config import Config
 from vgrout.lab.checkpoint import PART
 from vgrout.lab.tensorfile import read_file, write_file
 from vgrout.method.direction import Direction
 from vgrout.types import Decision, UserError
 
 FOLDER = "trace"
-KIND, FORMAT = "trace", 1
+KIND, FORMAT = "trace", 2
 SCORING = ("direction", "direction_axes", "score_state", "score_loss", "policy", "pairs")  # settings behind a score
+
+
+def scoring(cfg: Config) -> dict[str, Any]:
+    """What decides what a score of this run's arm is: its settings, and what the features are (None: it has none)."""
+    arm = ARMS[cfg.arm]
+    watches = issubclass(arm, Monitored) and issubclass(arm.monitor, GradientScore)
+    return {**{key: getattr(cfg, key) for key in SCORING}, "features": arm.monitor.of if watches else None}
 
 
 @dataclass(frozen=True)

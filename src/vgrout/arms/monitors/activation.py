@@ -10,6 +10,7 @@ class ActivationScore(GradientScore):
     pairs' activations. Forward passes only."""
 
     name = "activation"
+    of = "activations"
     differentiates = False
 
     def features(self, rows, state):

@@ -23,7 +23,8 @@ class GradientScore(Monitor):
     name = "gradient"
     access = "L1"
     scores = True
-    differentiates: ClassVar[bool] = True  # the features cost a backward pass
+    of: ClassVar[str] = "c-gradients"  # what the features are
+    differentiates: ClassVar[bool] = True  # they cost a backward pass
     real: ClassVar[bool] = True  # False: a control, whose bands may be reversed
 
     def __init__(self, bench):
