@@ -15,9 +15,10 @@ from rich.console import Console
 from vgrout.cli import DEFAULT_ARMS
 from vgrout.config import Config, preset
 from vgrout.lab import decide as decide_module
+from vgrout.lab import run as run_module
 from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
 from vgrout.lab.given import followed
-from vgrout.lab.record import MARK, claim_folder, read_jsonl
+from vgrout.lab.record import MARK, claim_folder, disown, read_jsonl
 from vgrout.lab.run import check
 from vgrout.models.load import model_path
 from vgrout.signals import Interrupted, listening
@@ -182,6 +183,18 @@ def test_force_replaces_only_what_vgrout_made(tmp_path):
     with pytest.raises(UserError, match="cannot make"):
         claim_folder(tmp_path / "link", force=True)
     assert (tmp_path / "run" / MARK).exists()
+
+
+@pytest.mark.parametrize("refused", [{"arm": "erase", "erase_axes": 999}, {"direction": "svd", "direction_axes": 99}])
+def test_settings_that_an_arm_refuses_leave_no_trace(tmp_path, refused):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="axes"):
+        run_module.run(replace(preset("smoke"), **{"arm": "routeV", "steps": 1, **refused}), out)
+    assert not any(out.iterdir())
+    claim_folder(out, force=False)
+    (out / "steps.jsonl").write_text('{"step": 0}\n')
+    disown(out)  # not with a step in it
+    assert {path.name for path in out.iterdir()} == {MARK, "steps.jsonl"}
 
 
 def test_a_plan_writes_nothing(tmp_path):

@@ -91,6 +91,15 @@ def claim_folder(out: Path, *, force: bool) -> None:
         raise UserError(f"cannot make {out}: {error.strerror or error}") from None
 
 
+def disown(out: Path) -> None:
+    """Take back a claim: `out` is an empty folder again, unless a step was recorded in it."""
+    if last_record(out / "steps.jsonl") is None:
+        with contextlib.suppress(OSError, UserError):  # what stays is still ours, and --force replaces it
+            with one_writer(out):
+                _clear(out)
+            (out / MARK).unlink()
+
+
 def _clear(out: Path) -> None:
     """Remove what a folder of ours holds, but not its mark: after a crash on the way it can be cleared again.
 

@@ -32,7 +32,7 @@ from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
 from vgrout.lab.given import access, check_given, keeping, make_given
-from vgrout.lab.record import Recorder, check_folder, claim_folder, finished, one_writer
+from vgrout.lab.record import Recorder, check_folder, claim_folder, disown, finished, one_writer
 from vgrout.loop import Training, adapted
 from vgrout.method.judge import JudgeFailed
 from vgrout.method.policy import Policy
@@ -199,8 +199,12 @@ def run(cfg: Config, out: Path, *, force: bool = False, console: Console | None 
     check_folder(out, force=force)
     with workshop(cfg) as shop:
         claim_folder(out, force=force)  # only now: a model or a pool that does not load leaves no trace
-        with one_writer(out):
-            return _run(cfg, out, shop, shop.provenance, None, console)
+        try:
+            with one_writer(out):
+                return _run(cfg, out, shop, shop.provenance, None, console)
+        except UserError:  # settings that the arm cannot be made from, for one
+            disown(out)
+            raise
 
 
 def resume(out: Path, *, allow_drift: bool = False, console: Console | None = None) -> dict:
