@@ -68,7 +68,7 @@ def test_the_table_of_arms_has_them_all():
     assert "*" in row and "labels" in row and "screen" in row and "L4" in row
 
 
-def test_arms_without_a_judge_are_listed_not_run():
+def test_arms_without_a_judge_are_listed_not_run(tmp_path):
     unable = left_out(MICRO, ["all"], OUT)
     assert set(unable) == {name for name, arm in ARMS.items() if "judge" in arm.needs} != set()
     assert all("--judge-model" in why for why in unable.values())
@@ -83,6 +83,11 @@ def test_arms_without_a_judge_are_listed_not_run():
         make_jobs(MICRO, ["none", "judge_route"], (0,), Path("out"))
     gone = replace(MICRO, judge_model="m", judge_url="http://127.0.0.1:9/v1", judge_key_env="", judge_timeout=2.0)
     assert all("127.0.0.1:9" in why for why in left_out(gone, ["all"], OUT).values()) and left_out(gone, ["all"], OUT)
+    done = tmp_path / "judge_route-s0"
+    done.mkdir()
+    for name in ("eval.json", "adapter.safetensors"):
+        (done / name).touch()
+    assert set(left_out(gone, ["all"], tmp_path)) == set(unable) - {"judge_route"}  # it has its result
 
 
 def test_a_set_leaves_out_what_the_settings_do_not_allow(tmp_path):
