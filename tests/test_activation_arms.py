@@ -377,6 +377,10 @@ def test_a_probe_comes_back_from_disk(tmp_path):
         ({"modes": []}, "modes of its provenance cannot be read"),
         ({"layers": ["3"]}, "layers of its"),
         ({"t_hi": "high"}, "t_hi of its"),
+        ({"t_hi": math.inf}, "t_hi of its"),
+        ({"t_lo": 2.0, "t_hi": 1.0}, "t_lo = 2.0 exceeds t_hi = 1.0"),
+        ({"layers": [3, 3]}, "give each once"),
+        ({"layers": [0]}, "the first is 1"),
     ],
 )
 def test_a_probe_without_provenance_is_refused(tmp_path, changed, why):
@@ -398,6 +402,9 @@ def test_files_that_are_no_probes(tmp_path):
         load_probe(str(file))
     save_file({"weight": torch.zeros(3)}, file, {"vgrout": json.dumps(good())})
     with pytest.raises(UserError, match="is no probe: it holds weight"):
+        load_probe(str(file))
+    LinearProbe(torch.tensor([0.0, math.nan]), 0.0, good()).save(file)
+    with pytest.raises(UserError, match="not finite"):
         load_probe(str(file))
     save_file({"weight": torch.zeros(3)}, file, {"vgrout": "[1]"})
     with pytest.raises(UserError, match="does not say"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -40,8 +41,8 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "modes": _list_of(str),
     "layers": _list_of(int),
     "model_sha256": lambda value: isinstance(value, str),
-    "t_lo": lambda value: type(value) is float,
-    "t_hi": lambda value: type(value) is float,
+    "t_lo": lambda value: type(value) is float and math.isfinite(value),
+    "t_hi": lambda value: type(value) is float and math.isfinite(value),
 }
 
 
@@ -112,4 +113,10 @@ def load_probe(name: str) -> LinearProbe:
         raise UserError(f"{path}: {', '.join(wrong)} of its provenance cannot be read")
     if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 1 or tensors["bias"].ndim:
         raise UserError(f"{path} is no probe: it holds {', '.join(sorted(tensors)) or 'nothing'}")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise UserError(f"{path}: weights that are not finite")
+    if min(said["layers"]) < 1 or len(set(said["layers"])) < len(said["layers"]):
+        raise UserError(f"{path}: layers = {said['layers']}: give each once, the first is 1")
+    if said["t_lo"] > said["t_hi"]:
+        raise UserError(f"{path}: t_lo = {said['t_lo']} exceeds t_hi = {said['t_hi']}")
     return LinearProbe(tensors["weight"], float(tensors["bias"]), provenance)
