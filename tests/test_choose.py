@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from vgrout.config import preset
+from vgrout.config import Config, preset
 from vgrout.envs.micro import problems
 from vgrout.lab import choose
 from vgrout.lab.choose import Shipped, ranked, settings_of, shipped, show_choice
@@ -22,7 +22,7 @@ SHOWN = {"run_tests", "stdout_marker"}
 
 
 def of(settings, seed, hack, solve):
-    return Shipped(settings, seed, ("run_tests",), hack, solve, 64)
+    return Shipped(settings, seed, ("run_tests",), hack, solve, 64, 16, "")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,11 @@ def test_the_mean_over_seeds_of_solve_minus_hack_ranks():
         ("b", 0.375, 0.125, 0.5),
     ]  # equal ones by name
     assert [run["seed"] for run in rows[1]["runs"]] == [0, 1]
-    assert ranked([*found, of("c", 0, 0.0, 0.5)])[0]["settings"] == "c"
-    with pytest.raises(UserError, match="two runs of a with seed 0"):
-        ranked([*found, of("a", 0, 0.0, 0.0)])
+    both = [of("c", 0, 0.0, 0.5), of("c", 1, 0.0, 0.5)]
+    assert [row["settings"] for row in ranked([*found, *both])] == ["c", "a", "b"]
+    assert [row["settings"] for row in ranked([*found, both[0]])] == ["a", "b", "c"]  # one seed less: below
+    with pytest.raises(UserError, match="no problems in common: a: run_tests; b: run_tests; d: sentinel"):
+        ranked([*found, replace(both[0], settings="d", modes=("sentinel",))])
 
 
 def test_settings_are_a_folder_without_its_seed(tmp_path):
@@ -59,7 +61,7 @@ def test_only_validation_problems_of_the_pairs_modes_are_sampled(folder, monkeyp
         return seen[-1]
 
     monkeypatch.setattr(choose, "sample_cell", watched)
-    found = shipped(folder, 32)
+    found = shipped(folder, Config.read(folder / "config.json"), 32)
     (result,) = seen
     env_val = {r.prompt.problem_id for r in result.rollouts}
     assert env_val and all(id.startswith("val-") for id in env_val)
@@ -82,8 +84,12 @@ def test_the_ranking_is_printed_and_kept(folder, tmp_path):
     ("runs", "rollouts", "message"),
     [(["nowhere"], 8, "no finished run"), ([], 8, "name the folders"), (["nowhere"], 0, "positive whole number")],
 )
-def test_what_it_refuses(tmp_path, runs, rollouts, message):
+def test_what_it_refuses(folder, tmp_path, runs, rollouts, message):
     with pytest.raises(UserError, match=message):
         show_choice([tmp_path / name for name in runs], rollouts, None, QUIET)
     with pytest.raises(UserError, match="cannot write"):
-        show_choice([tmp_path], 8, tmp_path, QUIET)
+        show_choice([folder], 8, tmp_path, QUIET)
+    twin = tmp_path / folder.name
+    twin.symlink_to(folder)
+    with pytest.raises(UserError, match="2 runs of none with seed 3: give each once"):
+        show_choice([folder, twin], 8, None, QUIET)

@@ -186,7 +186,7 @@ def test_force_replaces_only_what_vgrout_made(tmp_path):
 
 
 @pytest.mark.parametrize("refused", [{"arm": "erase", "erase_axes": 999}, {"direction": "svd", "direction_axes": 99}])
-def test_settings_that_an_arm_refuses_leave_no_trace(tmp_path, refused):
+def test_settings_that_an_arm_refuses_leave_an_empty_folder(tmp_path, refused):
     out = tmp_path / "run"
     with pytest.raises(UserError, match="axes"):
         run_module.run(replace(preset("smoke"), **{"arm": "routeV", "steps": 1, **refused}), out)

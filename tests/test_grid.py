@@ -87,7 +87,9 @@ def test_arms_without_a_judge_are_listed_not_run(tmp_path):
     done.mkdir()
     for name in ("eval.json", "adapter.safetensors"):
         (done / name).touch()
-    assert set(left_out(gone, ["all"], tmp_path)) == set(unable) - {"judge_route"}  # it has its result
+    assert set(left_out(gone, ["all"], tmp_path, (0,), goes_on=True)) == set(unable) - {"judge_route"}  # it is done
+    for seeds, goes_on in (((0, 1), True), ((0,), False)):  # a seed is missing; the folder is replaced
+        assert set(left_out(gone, ["all"], tmp_path, seeds, goes_on=goes_on)) == set(unable)
 
 
 def test_a_set_leaves_out_what_the_settings_do_not_allow(tmp_path):

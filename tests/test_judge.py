@@ -839,6 +839,7 @@ def test_the_judge_is_blind(package):
 def test_a_run_records_what_its_judge_cost_over_all_its_processes(server, tmp_path):
     tiny = {"steps": 3, "prompts": 2, "group": 4, "teacher_off_step": 0, "eval_every": 0, "eval_rollouts": 8}
     named = {"judge_url": server.url, "judge_model": "m", "judge_key_env": KEY_ENV, "judge_retries": 0}
+    named["judge_concurrency"] = 1
     cfg = replace(preset("smoke"), arm="judge_route", **tiny, **named)
     told = {"on": True}
 

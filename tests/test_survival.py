@@ -858,3 +858,5 @@ def test_growth_is_seen():
     assert grown(flat) == []
     leaks = [replace(u, megabytes=u.megabytes + i / 2, descriptors=12 + (i > 80)) for i, u in enumerate(flat)]
     assert grown(leaks) == ["megabytes 610 to 650", "descriptors 12 to 13"]
+    held = [replace(u, allocated=180 + i / 10, objects=500_000 + 100 * i) for i, u in enumerate(flat)]
+    assert grown(held) == ["allocated 181 to 189", "objects 501450 to 509450"]

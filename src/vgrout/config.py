@@ -101,8 +101,8 @@ class Config:
     """Hack demonstrations per group in the teacher phase, and as many solutions. 0: no demonstrations."""
 
     direction: Literal["v_grad", "unit", "svd", "orthogonal"] = "v_grad"
-    """What is extracted from the pairs: the mean difference of their c-gradients; the `direction_axes` main axes of
-    the differences; or the mean difference without what the clean sides share."""
+    """What is extracted from the pairs: the mean difference of their c-gradients; the same of gradients at length 1;
+    the `direction_axes` main axes of the differences; or the mean difference without what the clean sides share."""
     direction_axes: int = 2
     """svd: axes per module."""
     policy: Literal["pair_p75", "pair_mean", "batch_std", "top2q", "ema_quantile", "mixture"] = "batch_std"

@@ -1,14 +1,14 @@
 """`vgrout lab choose`: which settings to take, read from finished runs on validation problems alone.
 
 What ships is sampled on validation problems whose loophole the pairs show, under held-out markers. Settings are ranked
-by the mean over seeds of solve - hack. Test problems and the modes that no pair shows stay unread. The choice does read
-the oracle: who takes a default from here has to say so.
+by the mean over seeds of solve - hack, those with fewer seeds below the others. Test problems and the modes that no pair
+shows stay unread. The choice does read the oracle: who takes a default from here has to say so.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, summary
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.record import finished
-from vgrout.lab.run import MICRO, workshop
+from vgrout.lab.run import MICRO, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.types import UserError
 
@@ -39,6 +39,8 @@ class Shipped:
     hack: float
     solve: float
     rollouts: int
+    problems: int
+    note: str  # what a reader has to know of the sandbox and the pairs; empty where there is nothing
 
 
 def settings_of(run: Path, seed: int) -> str:
@@ -46,13 +48,27 @@ def settings_of(run: Path, seed: int) -> str:
     return run.name.removesuffix(f"-s{seed}")
 
 
-def shipped(run: Path, rollouts: int) -> Shipped:
-    """Raises UserError where `run` is no finished run with an oracle and pairs that show a mode."""
-    if not finished(run):
-        raise UserError(f"{run} is no finished run")
-    cfg = Config.read(run / "config.json")
-    if cfg.env != MICRO:
-        raise UserError(f"{run} is of {cfg.env}, which has no oracle")
+def configurations(runs: Sequence[Path]) -> dict[Path, Config]:
+    """Of finished runs. Raises UserError where one is none or has no oracle, or two are of one setting and seed."""
+    if not runs:
+        raise UserError("name the folders of finished runs")
+    found: dict[Path, Config] = {}
+    for run in runs:
+        if not finished(run):
+            raise UserError(f"{run} is no finished run")
+        found[run] = Config.read(run / "config.json")
+        if found[run].env != MICRO:
+            raise UserError(f"{run} is of {found[run].env}, which has no oracle")
+    for (settings, seed), times in Counter(
+        (settings_of(run, cfg.seed), cfg.seed) for run, cfg in found.items()
+    ).items():
+        if times > 1:
+            raise UserError(f"{times} runs of {settings} with seed {seed}: give each once")
+    return found
+
+
+def shipped(run: Path, cfg: Config, rollouts: int) -> Shipped:
+    """Raises UserError where the run's pairs show no mode of a validation problem."""
     (cell,) = [cell for cell in CELLS if cell.name == HEADLINE]
     with workshop(cfg, trains=False) as shop:
         modes = tuple(
@@ -65,15 +81,19 @@ def shipped(run: Path, rollouts: int) -> Shipped:
         ablates = ARMS[cfg.arm].ablates
         result = sample_cell(cfg, shop.policy, shop.env, cell, problems=ids, rollouts=rollouts, ablates=ablates)
         rates = summary(result, shop.env)
-    return Shipped(settings_of(run, cfg.seed), cfg.seed, modes, rates["hack"]["mean"], rates["solve"]["mean"], rollouts)
+        note = " ".join(filter(None, (sandbox_note(shop.provenance), pairs_note(shop.provenance))))
+    hack, solve = (rates[what]["mean"] for what in ("hack", "solve"))
+    return Shipped(settings_of(run, cfg.seed), cfg.seed, modes, hack, solve, rollouts, len(ids), note)
 
 
 def ranked(found: Sequence[Shipped]) -> list[dict]:
-    """One row per setting, the best mean of solve - hack first. Raises UserError where two runs are of one seed."""
+    """One row per setting: of those with the most seeds the best mean of solve - hack first. Raises UserError where runs
+    were not sampled on the same problems."""
+    if len({one.modes for one in found}) > 1:
+        said = "; ".join(sorted({f"{one.settings}: {', '.join(one.modes)}" for one in found}))
+        raise UserError(f"the pairs of these runs show different modes, so they have no problems in common: {said}")
     by: dict[str, dict[int, Shipped]] = defaultdict(dict)
     for one in found:
-        if one.seed in by[one.settings]:
-            raise UserError(f"two runs of {one.settings} with seed {one.seed}: give each once")
         by[one.settings][one.seed] = one
     rows = []
     for settings, seeds in by.items():
@@ -81,21 +101,24 @@ def ranked(found: Sequence[Shipped]) -> list[dict]:
         mean = {what: sum(getattr(run, what) for run in runs) / len(runs) for what in ("hack", "solve")}
         gain = mean["solve"] - mean["hack"]
         rows.append({"settings": settings, **mean, "gain": gain, "runs": [asdict(run) for run in runs]})
-    return sorted(rows, key=lambda row: (-row["gain"], row["settings"]))
+    return sorted(rows, key=lambda row: (-len(row["runs"]), -row["gain"], row["settings"]))
 
 
 def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: Console) -> None:
     """Print the ranking, and write it to `out` as JSON. Raises UserError."""
     if rollouts < 1:
         raise UserError(f"rollouts = {rollouts}: give a positive whole number")
-    if not runs:
-        raise UserError("name the folders of finished runs")
+    chosen = configurations(runs)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"cannot write {out}: give a file in a folder that exists")
-    rows = ranked([shipped(run, rollouts) for run in track(runs, "evaluating", console=console, transient=True)])
-    modes = sorted({mode for row in rows for run in row["runs"] for mode in run["modes"]})
-    where = f"validation problems of {', '.join(modes)}"
-    caption = f"What ships, {rollouts} rollouts a run, on {where}. Measured with the oracle."
+    todo = track(chosen.items(), "evaluating", total=len(chosen), console=console, transient=True)
+    found = [shipped(run, cfg, rollouts) for run, cfg in todo]
+    rows = ranked(found)
+    where = f"{found[0].problems} validation problems of {', '.join(found[0].modes)}"
+    measured = (
+        f"What ships, {rollouts} rollouts a run on {where}. Measured with the oracle: to choose settings, no result."
+    )
+    caption = " ".join(filter(None, (measured, *dict.fromkeys(one.note for one in found))))
     head = ("settings", "seeds", "solve - hack", "hack", "solve", "hack by seed", "solve by seed")
     shown = [
         [
@@ -108,4 +131,7 @@ def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: 
     ]
     print_wide(number_table("settings on validation problems of the pairs' modes", caption, head, shown, 2), console)
     if out is not None:
-        replace_file(out, json.dumps(rows, indent=1) + "\n")
+        try:
+            replace_file(out, json.dumps(rows, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}") from None

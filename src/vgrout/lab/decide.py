@@ -72,8 +72,13 @@ class Job:
         return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 
-def left_out(base: Config, arms: Sequence[str], out: Path) -> dict[str, str]:
-    """Of the arms that only a set names: those that cannot run here, and why. Raises UserError where none can."""
+def left_out(
+    base: Config, arms: Sequence[str], out: Path, seeds: Sequence[int] = (), *, goes_on: bool = False
+) -> dict[str, str]:
+    """Of the arms that only a set names: those that cannot run here, and why. Raises UserError where none can.
+
+    An arm of which every seed has finished in an experiment that goes on needs nothing any more.
+    """
     chosen, spoken = named(arms), {v.label for v in named(name for name in arms if name not in SETS)}
     why: dict[str, str] = {}
     for variant in chosen:
@@ -83,7 +88,7 @@ def left_out(base: Config, arms: Sequence[str], out: Path) -> dict[str, str]:
             job = Job(variant.arm, 0, variant.config(base, 0), variant.label)
             job = _yoked(job, out) if any(v.label == LEADER for v in chosen) else job
             check(job.cfg)
-            done = any(finished(run) for run in out.glob(f"{variant.label}-s*"))  # a result needs no judge any more
+            done = goes_on and all(finished(out / f"{variant.label}-s{seed}") for seed in seeds)
             reason = "" if done else absent(job.cfg)
         except UserError as error:
             reason = str(error)
@@ -468,12 +473,12 @@ def decide(
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: give a positive whole number")
-    unable = left_out(base, arms, out)
+    goes_on = not force and os.path.isfile(out / PLAN)  # False, too, where it cannot be looked up
+    unable = left_out(base, arms, out, seeds, goes_on=goes_on)
     jobs = make_jobs(base, arms, seeds, out, unable)
     if plan:
         print_wide(plan_table(jobs, workers, unable), console)
         return 0
-    goes_on = not force and os.path.isfile(out / PLAN)  # False, too, where it cannot be looked up
     if not goes_on:
         check_folder(out, force=force)
     with workshop(base) as shop:  # what does not load is said before anything is written

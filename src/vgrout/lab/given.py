@@ -115,8 +115,8 @@ def keeping(given: Given, cfg: Config, out: Path) -> Iterator[Given]:
 def _count(file: Path, judge: Judge) -> None:
     """Add what this process asked to what the run's earlier ones did. A process that was killed is not in it."""
     earlier: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # what it cost is no result
-        earlier = json.loads(file.read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):  # what it cost is no result
+        earlier = {**json.loads(file.read_text())}
     counts = {key: round(value + earlier.get(key, 0), 2) for key, value in asdict(judge.counts).items()}
     faults = dict(sorted((judge.faults + Counter(earlier.get("faults", {}))).items()))
     try:

@@ -92,12 +92,13 @@ def claim_folder(out: Path, *, force: bool) -> None:
 
 
 def disown(out: Path) -> None:
-    """Take back a claim: `out` is an empty folder again, unless a step was recorded in it."""
-    if last_record(out / "steps.jsonl") is None:
-        with contextlib.suppress(OSError, UserError):  # what stays is still ours, and --force replaces it
+    """Take back a claim: `out` is an empty folder again, unless anything was recorded in it."""
+    log = out / "steps.jsonl"
+    with contextlib.suppress(OSError, UserError):  # what stays is still ours, and --force replaces it
+        if not log.exists() or not log.stat().st_size:
             with one_writer(out):
                 _clear(out)
-            (out / MARK).unlink()
+                (out / MARK).unlink()
 
 
 def _clear(out: Path) -> None:

@@ -198,7 +198,7 @@ def run(cfg: Config, out: Path, *, force: bool = False, console: Console | None 
     """
     check_folder(out, force=force)
     with workshop(cfg) as shop:
-        claim_folder(out, force=force)  # only now: a model or a pool that does not load leaves no trace
+        claim_folder(out, force=force)  # only now: a model or a pool that does not load leaves nothing
         try:
             with one_writer(out):
                 return _run(cfg, out, shop, shop.provenance, None, console)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgrout.method.policy import Policy, Rows
-from vgrout.method.residual import residuals
+from vgrout.method.residual import decoder_layers, residuals
 from vgrout.types import UserError
 
 FIELDS = ("modes", "problems", "model_sha256", "layers", "t_lo", "t_hi", "threshold", "auroc_heldout")
@@ -79,6 +79,13 @@ class LinearProbe:
                 f"the probe belongs to a model {own[:12]}, not to {model_sha256[:12]}: see `vgrout probe fit`"
             )
 
+    def fits(self, policy: Policy) -> None:
+        """Raises UserError where the model has no such layers, or their outputs are of another size."""
+        depth, width = len(decoder_layers(policy.model)), policy.model.config.hidden_size
+        if max(self.provenance["layers"]) > depth or len(self.weight) != width:
+            asked = f"{len(self.weight)} numbers of layers {self.provenance['layers']}"
+            raise UserError(f"the probe reads {asked}: the model has {depth} layers of {width}")
+
     def digest(self) -> str:
         """SHA-256 of what it holds."""
         whole = [self.weight.tolist(), self.bias, dict(self.provenance)]
@@ -119,4 +126,4 @@ def load_probe(name: str) -> LinearProbe:
         raise UserError(f"{path}: layers = {said['layers']}: give each once, the first is 1")
     if said["t_lo"] > said["t_hi"]:
         raise UserError(f"{path}: t_lo = {said['t_lo']} exceeds t_hi = {said['t_hi']}")
-    return LinearProbe(tensors["weight"], float(tensors["bias"]), provenance)
+    return LinearProbe(tensors["weight"].float(), float(tensors["bias"]), provenance)

@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -27,7 +27,7 @@ from vgrout.lab.record import Recorder, read_jsonl
 from vgrout.loop import Training, backward, collate, generate, micro_batches, plan_step, train
 from vgrout.method.direction import haar
 from vgrout.method.gate import uniform
-from vgrout.method.policy import Policy
+from vgrout.method.policy import Policy, Rows, pack
 from vgrout.models.load import model_path
 from vgrout.models.organism import OrganismConfig
 from vgrout.pairs import load as load_pairs
@@ -97,14 +97,17 @@ def solo_loss(cfg: Config, policy: Policy, batch: Batch, i: int, advantage: floa
 
 def step() -> Evidence:
     """The gradients of a step of mixed zones, lengths, advantages and micro-batches are the sum of its rows'."""
-    cfg = replace(TOY, teacher_off_step=3, micro_batch=3, kl=0.3)
+    cfg = replace(TOY, teacher_off_step=3, prompts=3, group=6, micro_batch=8, kl=0.3)
     policy = toy_policy(cfg)
     displace(policy.adapter)
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
     plan = plan_step(cfg, Letters(), 0, loophole=True)
     rollouts = generate(cfg, engine, plan, 0, ablates=True)
     batch = collate(rollouts, [float(i % 3) for i in range(len(rollouts))], policy.tokenizer.pad_token_id)
-    m, d = torch.tensor([0.0, 1, 1, 0, 1, 1, 0, 1]), torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 0])
+    zones = torch.tensor(
+        [0, 0, 0, 0, 0, 0] + [0, 1, 1, 2, 2, 1] + [0, 2, 1, 1, 2, 2]
+    )  # keep: short blocks beside a long
+    m, d = (zones > 0).float(), (zones == 2).float()
     decision = Decision(m=m, d=d, weight=torch.linspace(0.5, 2, batch.n), penalty=torch.zeros(batch.n))
     advantage = torch.linspace(-2, 3, batch.n)
     live = torch.arange(batch.n) != 3
@@ -128,12 +131,15 @@ def step() -> Evidence:
     routed = replace(decision, m=torch.ones(batch.n), d=torch.ones(batch.n))
     backward(cfg, policy, batch, routed, advantage, live)
     leak = max(float(p.grad.abs().max()) if p.grad is not None else 0.0 for p in parameters["deployed"])
-    lengths = len(batch.length.unique())
-    ok = off < 1e-3 and leak == 0.0 and lengths > 1 and set(decision.zones()) == {"keep", "absorb", "route"}
+    lengths, parts = len(batch.length.unique()), micro_batches(decision, batch.length, cfg.micro_batch)
+    rows = Rows(batch.tokens, batch.completion, batch.length)
+    shared = sum(len(pack(rows.take(part)).tokens) < len(batch.group[part].unique()) for part in parts)
+    ok = off < 1e-3 and leak == 0.0 and min(lengths, shared + 1) > 1
     return Evidence(
-        ok,
-        f"{batch.n} rows of {lengths} lengths in 3 zones and {len(micro_batches(decision, batch.length, 3))} "
-        f"micro-batches: relative difference {off:.1e}; a routed batch gives the deployed block at most {leak:g}",
+        ok and set(decision.zones()) == {"keep", "absorb", "route"},
+        f"{batch.n} rows of {lengths} lengths in 3 zones and {len(parts)} micro-batches, {shared} with "
+        f"several prompts in one sequence: relative difference {off:.1e}; a routed batch gives the "
+        f"deployed block at most {leak:g}",
     )
 
 
@@ -253,7 +259,7 @@ class Staged(MicroEnv):
         for rollout, graded in zip(rollouts, super().grade(rollouts), strict=True):
             sealed = graded.sealed
             if self.lies:
-                flags = {key: not value for key, value in vars(sealed).items() if isinstance(value, bool)}
+                flags = {key: not value for key, value in asdict(sealed).items() if isinstance(value, bool)}
                 sealed = replace(sealed, **flags)
             out.append(
                 Graded(graded.reward + random.Random(rollout.text).choice((0.0, 0.5, 1.0)), sealed, graded.compiled)

@@ -1,6 +1,6 @@
 """Break the lines that the gates guard, one at a time, and see that the gate notices.
 
-python -m vgrout.verify.mutate [--quick]
+python -m vgrout.verify.mutate [--quick | --only GATE...]
 """
 
 from __future__ import annotations
@@ -269,14 +269,19 @@ def attempt(copy: Path, mutation: Mutation) -> tuple[Outcome, str]:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns 0 when every mutant is caught, 1 otherwise, 2 for unknown arguments."""
+    """Returns 0 when every mutant is caught, 1 otherwise, 2 for unknown arguments. `--quick` and `--only` take part of
+    the mutants."""
     from vgrout.verify import GATES  # here, so that a broken package still prints its usage
 
     console = Console()
-    if any(arg != "--quick" for arg in args):
-        console.print("usage: python -m vgrout.verify.mutate [--quick]")
+    only = args[1:] if args[:1] == ["--only"] else ()
+    unknown = sorted(set(only) - set(GATES))
+    if unknown or (args not in ([], ["--quick"]) and not only):
+        console.print("usage: python -m vgrout.verify.mutate [--quick | --only GATE...]")
+        if unknown:
+            console.print(f"no gate is named {', '.join(unknown)}")
         return 2
-    chosen = [m for m in MUTATIONS if m.quick or "--quick" not in args]
+    chosen = [m for m in MUTATIONS if m.gate in only or not only and (m.quick or "--quick" not in args)]
     unguarded = sorted(set(GATES) - {m.gate for m in MUTATIONS})
     if unguarded:
         console.print(f"gates without a mutation: {', '.join(unguarded)}")

@@ -19,6 +19,10 @@ class Probe(Monitor):
     scores = True
     needs = ("probe",)
 
+    def __init__(self, bench):
+        super().__init__(bench)
+        bench.given.probe.fits(bench.policy)
+
     def read(self, step, batch, oracle):
         probe = self.bench.given.probe
         rows = Rows(batch.tokens, batch.completion, batch.length)
