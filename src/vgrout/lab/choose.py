@@ -1,7 +1,7 @@
 """`vgrout lab choose`: which settings to take, read from finished runs on validation problems alone.
 
 What ships is sampled on validation problems whose loophole the pairs show, under held-out markers. Settings are ranked
-by the mean over seeds of solve - hack, those with fewer seeds below the others. Test problems and the modes that no pair
+by the mean over seeds of solve - hack, those with fewer seeds below the others. Test problems and modes that no pair
 shows stay unread. The choice does read the oracle: who takes a default from here has to say so.
 """
 
@@ -87,8 +87,8 @@ def shipped(run: Path, cfg: Config, rollouts: int) -> Shipped:
 
 
 def ranked(found: Sequence[Shipped]) -> list[dict]:
-    """One row per setting: of those with the most seeds the best mean of solve - hack first. Raises UserError where runs
-    were not sampled on the same problems."""
+    """One row per setting: of those with the most seeds the best mean of solve - hack first. Raises UserError where
+    runs were not sampled on the same problems."""
     if len({one.modes for one in found}) > 1:
         said = "; ".join(sorted({f"{one.settings}: {', '.join(one.modes)}" for one in found}))
         raise UserError(f"the pairs of these runs show different modes, so they have no problems in common: {said}")
@@ -115,9 +115,7 @@ def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: 
     found = [shipped(run, cfg, rollouts) for run, cfg in todo]
     rows = ranked(found)
     where = f"{found[0].problems} validation problems of {', '.join(found[0].modes)}"
-    measured = (
-        f"What ships, {rollouts} rollouts a run on {where}. Measured with the oracle: to choose settings, no result."
-    )
+    measured = f"What ships, {rollouts} rollouts a run on {where}. Measured with the oracle: no result."
     caption = " ".join(filter(None, (measured, *dict.fromkeys(one.note for one in found))))
     head = ("settings", "seeds", "solve - hack", "hack", "solve", "hack by seed", "solve by seed")
     shown = [
