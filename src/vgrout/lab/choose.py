@@ -59,9 +59,8 @@ def configurations(runs: Sequence[Path]) -> dict[Path, Config]:
         found[run] = Config.read(run / "config.json")
         if found[run].env != MICRO:
             raise UserError(f"{run} is of {found[run].env}, which has no oracle")
-    for (settings, seed), times in Counter(
-        (settings_of(run, cfg.seed), cfg.seed) for run, cfg in found.items()
-    ).items():
+    counts = Counter((settings_of(run, cfg.seed), cfg.seed) for run, cfg in found.items())
+    for (settings, seed), times in counts.items():
         if times > 1:
             raise UserError(f"{times} runs of {settings} with seed {seed}: give each once")
     return found
