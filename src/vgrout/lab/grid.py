@@ -80,6 +80,8 @@ GRID: tuple[Variant, ...] = (
             score_state="deployed", policy="pair_p75"),
     _routeV("deployed_mixture", "the same, cut between two components of the step's scores",
             score_state="deployed", policy="mixture"),
+    _routeV("deployed_sampler", "the same, with the ratio of the policy to its sampler",
+            score_state="deployed", ratio="sampler"),
     _routeV("unit", "v from the pairs' gradients at length 1", direction="unit"),
     _routeV("unit_deployed", "the same, scored through the ablated model",
             direction="unit", score_state="deployed"),
