@@ -853,11 +853,13 @@ def test_a_run_records_what_its_judge_cost_over_all_its_processes(server, tmp_pa
     with pytest.raises(JudgeFailed, match="go on with"):
         run(cfg, tmp_path / "run")
     first = json.loads((tmp_path / "run" / REQUESTS).read_text())
-    assert first["calls"] == len(server.asked) > 8 and first["failures"] == sum(first["faults"].values()) > 0
+    heard = len(server.asked)
+    assert first["calls"] >= heard > 8  # a request may be cancelled on its way
+    assert first["failures"] == sum(first["faults"].values()) > 0
     told["on"] = False
     resume(tmp_path / "run")
     both = json.loads((tmp_path / "run" / REQUESTS).read_text())
-    assert both["calls"] == len(server.asked) and both["failures"] == first["failures"]
+    assert both["calls"] - first["calls"] == len(server.asked) - heard > 0 and both["failures"] == first["failures"]
     assert both["faults"] == first["faults"]
     assert both["prompt_tokens"] - first["prompt_tokens"] == 11 * (both["calls"] - first["calls"]) > 0
     judged = [step["judged"] for step in read_jsonl(tmp_path / "run" / "steps.jsonl")]
