@@ -69,7 +69,7 @@ AXES: dict[str, Sequence[int]] = {
     "length": (32, 64, 128, 256, 512),
     "size": tuple(SIZES),
     "rank": (4, 8, 16, 32, 64),
-    "pairs": (6, 12, 24, 48, 96),
+    "pairs": (12, 24, 48, 96, 192, 384),
 }
 
 
@@ -133,7 +133,7 @@ def measure(point: Point, threads: int) -> dict:
     policy = Policy(model, tokenizer, attach(model, cfg.adapter, cfg.rank, 0), cfg.temperature, cfg.micro_batch)
     bundled = load_pairs(cfg.pairs)
     clock = Clock()
-    train(cfg, policy, World(), (bundled * 10)[: point.pairs], clock)
+    train(cfg, policy, World(), (bundled * 15)[: point.pairs], clock)
     inner = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "dA" not in n and "dB" not in n)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return asdict(point) | {
