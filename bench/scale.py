@@ -130,7 +130,7 @@ def measure(point: Point, threads: int) -> dict:
         threads=threads,
         refresh_every=1 if point.axis == "pairs" else 5,  # pairs cost where v is extracted
     )
-    policy = Policy(model, tokenizer, attach(model, cfg.adapter, cfg.rank, 0), cfg.temperature, cfg.micro_batch)
+    policy = Policy(model, tokenizer, attach(model, cfg.adapter, cfg.rank, 0), cfg.temperature, cfg.score_batch)
     bundled = load_pairs(cfg.pairs)
     clock = Clock()
     train(cfg, policy, World(), (bundled * 15)[: point.pairs], clock)

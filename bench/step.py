@@ -1,6 +1,6 @@
 """What a training step costs beside TRL's GRPO: python bench/step.py [--steps N] [--json FILE]. Needs the extra `trl`.
 
-TRL and three arms take their steps in turns, each in a process of its own that waits while another works: the same
+TRL and our arms take their steps in turns, each in a process of its own that waits while another works: the same
 model, prompts, sampling temperature, grader, rank, KL weight, threads and dtype. Prints medians with their ratios to
 TRL, and what the phases of our steps take and reach of the machine's own matrix product.
 """
@@ -30,7 +30,6 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from vgrout import loop
-from vgrout.arms import ARMS
 from vgrout.config import Config, preset
 from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.sandbox import Sandbox
@@ -39,7 +38,12 @@ from vgrout.method.policy import Policy
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Rollout
 
-ARMS_SHOWN = ("none", "absorb", "routeV")
+SHOWN: dict[str, dict[str, Any]] = {  # what takes steps beside TRL: changes of the configuration
+    "none": {"arm": "none"},
+    "absorb": {"arm": "absorb"},
+    "routeV": {"arm": "routeV"},
+    "routeV, bf16 scores": {"arm": "routeV", "score_dtype": "bfloat16"},
+}
 PHASES = ("generate", "grade", "score", "reference", "loss", "optimizer")
 WARM = 3  # steps that are not counted; the first extracts a direction
 
@@ -153,8 +157,9 @@ def contest(name: str, cfg: Config, line: Connection) -> None:
         meter.wrap(Policy, "logits", "reference", when=in_reference)
         meter.wrap(loop, "clip_blocks", "optimizer")
         meter.wrap(torch.optim.AdamW, "step", "optimizer")
+        cfg = replace(cfg, **SHOWN[name])
         policy, pairs = make_policy(cfg), load_pairs(cfg.pairs)
-        loop.train(replace(cfg, arm=name), policy, env, pairs, Watch(Turn(line, meter)))
+        loop.train(cfg, policy, env, pairs, Watch(Turn(line, meter)))
 
 
 def trl(cfg: Config, env: MicroEnv, begin: Callable[[], Turn]) -> None:
@@ -246,7 +251,7 @@ def main() -> None:
     )
     console, top = Console(width=max(150, Console().width)), peak(args.threads)
     spawn, runners = multiprocessing.get_context("spawn"), []
-    for name in ("TRL", *ARMS_SHOWN):
+    for name in ("TRL", *SHOWN):
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=contest, args=(name, cfg, theirs), daemon=True)
         process.start()
@@ -273,7 +278,7 @@ def report(runners: list[Runner], top: float, settings: dict, args: argparse.Nam
     median = {r.name: statistics.median(r.seconds) for r in runners}
     where = machine()
     caption = f"TRL: {', '.join(f'{k}={v}' for k, v in settings.items())}"
-    title = f"{', '.join(f'{k} {v}' for k, v in where.items())}; {args.threads} threads, fp32, {top:.0f} GFLOP/s"
+    title = f"{', '.join(f'{k} {v}' for k, v in where.items())}; {args.threads} threads, {top:.0f} GFLOP/s in fp32"
     table = Table(title=title, caption=caption)
     for column in ("", "s a step", "min", "max", "/ TRL", "/ none", "tokens", *PHASES):
         table.add_column(column, justify="right" if column else "left")
@@ -300,7 +305,7 @@ def report(runners: list[Runner], top: float, settings: dict, args: argparse.Nam
             f"{median[r.name] / median['TRL']:.2f}",
             f"{median[r.name] / median['none']:.2f}",
             f"{rows[r.name]['tokens']:.0f}",
-            *(shown if r.name in ARMS else ["-"] * len(PHASES)),
+            *(shown if r.name in SHOWN else ["-"] * len(PHASES)),
         )
     console.print(table)
     return {"machine": where, "GFLOP/s": top, "threads": args.threads, "trl": settings, "steps": rows}

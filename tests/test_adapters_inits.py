@@ -123,7 +123,7 @@ def test_moments_by_hand():
 def test_the_policy_starts_from_it(init):
     model = random_model()
     sides = [encode_pairs(tokenizer(), PAIRS, side) for side in ("hack", "clean")]
-    moments = input_moments(model, *sides, TOY.micro_batch)
+    moments = input_moments(model, *sides, TOY.score_batch)
     for name, module in toy_policy(replace(TOY, init=init)).adapter.modules.items():
         a0, b0 = two_blocks(init, targets(model)[name].weight, RANK, moments[name])
         assert torch.equal(torch.cat((module.A0_deployed, module.A0_quarantine)), a0.float())

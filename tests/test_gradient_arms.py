@@ -473,7 +473,7 @@ def test_licences_end_with_training(name, tmp_path, monkeypatch):
     cfg = replace(BLIND, arm=name, steps=2, teacher_n=0, eval_every=1, eval_small=4, eval_rollouts=4)
     model = random_model(replace(SIZES, vocab=len(words())), words())
     policy = Policy(
-        model, words(), attach(model, cfg.adapter, cfg.rank, cfg.init_seed), cfg.temperature, cfg.micro_batch
+        model, words(), attach(model, cfg.adapter, cfg.rank, cfg.init_seed), cfg.temperature, cfg.score_batch
     )
     asked, evaluating, generate, evaluate = [], [], TorchEngine.generate, Recorder.evaluate
     mark = words().convert_tokens_to_ids(SYSTEM)

@@ -507,7 +507,7 @@ def test_out_of_memory_once(kind):
             p.grad = torch.ones_like(p)
         raise SHORT[kind]
 
-    cfg = replace(TOY, micro_batch=8)
+    cfg = replace(TOY, micro_batch=8, score_batch=8)
     _, usual = watched(cfg)
     usual.training.run(usual)
     _, reader = watched(cfg)
@@ -533,7 +533,7 @@ def test_out_of_memory_in_generation(tmp_path, capsys, expected):
 
 def test_out_of_memory_in_scoring(capsys):
     """Of the pairs and of the rollouts: the same zones, hence the same updates."""
-    cfg = replace(TOY, micro_batch=8)
+    cfg = replace(TOY, micro_batch=8, score_batch=8)
     (_, usual), (_, reader) = watched(cfg), watched(cfg)
     usual.training.run(usual)
     with patched(Policy, "logp", lambda _, rows: at_most(3, len(rows.length)), -1):

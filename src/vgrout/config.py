@@ -59,8 +59,10 @@ class Config:
     """Longest completion in tokens; also T_max of the loss."""
     temperature: float = 1.0
     """Sampling temperature in training; all log-probabilities are of logits / temperature."""
-    micro_batch: int = 16
-    """Most rollouts in one forward pass."""
+    micro_batch: int = 64
+    """Most rollouts in one pass of the update, where those of a group share their prompt."""
+    score_batch: int = 16
+    """Most rollouts or pairs in any other pass that scores or differentiates them, each with its own prompt."""
 
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
@@ -84,7 +86,7 @@ class Config:
     """Group advantage: reward minus mean, divided by the group's sd or not (Dr. GRPO)."""
     baseline: Literal["all", "kept", "policy_only"] = "all"
     """Rows whose mean reward is subtracted: all, those not routed, or those that the policy sampled."""
-    ratio: Literal["one", "sampler", "truncated"] = "one"
+    ratio: Literal["one", "sampler", "truncated"] = "sampler"
     """rho: 1; pi / pi_old with the sampler's log-probabilities; or that truncated at 1 + clip_ratio."""
 
     env: str = "micro"
@@ -129,6 +131,9 @@ class Config:
     """Loss whose gradient is scored; grpo multiplies it by the advantage."""
     score_state: Literal["full", "deployed"] = "full"
     """Forward state in which rollouts are scored."""
+    score_dtype: Literal["model", "bfloat16"] = "model"
+    """Numbers in which the model's weights are multiplied when pairs and rollouts are scored: the model's own, or
+    bfloat16, which is faster where the processor multiplies it and moves few labels (docs/performance.md)."""
     refresh_every: int = 5
     """Steps between extractions of the direction."""
     pairs: str = "micro"
@@ -319,8 +324,8 @@ def _mistyped(value: Any, hint: Any) -> str:
 
 BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what holds of them, what to give instead
     (
-        "steps prompts group max_new rank micro_batch warmup refresh_every buffer eval_small eval_rollouts threads"
-        " direction_axes judge_concurrency erase_axes subspace_axes sft_steps",
+        "steps prompts group max_new rank micro_batch score_batch warmup refresh_every buffer eval_small eval_rollouts"
+        " threads direction_axes judge_concurrency erase_axes subspace_axes sft_steps",
         lambda v: v >= 1,
         "give a positive whole number",
     ),

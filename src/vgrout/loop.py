@@ -247,10 +247,11 @@ def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     moments = None
     if cfg.init in INITS and INITS[cfg.init].calibrated:
         sides = (encode_pairs(tokenizer, pairs, side) for side in ("hack", "clean"))
-        moments = input_moments(model, *sides, cfg.micro_batch)
+        moments = input_moments(model, *sides, cfg.score_batch)
     how = {"init": cfg.init, "detach": cfg.detach, "moments": moments}
     adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed, **how)
-    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.micro_batch)
+    score_dtype = torch.bfloat16 if cfg.score_dtype == "bfloat16" else None
+    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.score_batch, score_dtype)
 
 
 def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], given: Given = EMPTY) -> Bench:

@@ -41,7 +41,7 @@ class Flow:
     """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows
     with d = 1. `m`, `d` None: no row mask, one state for all rows. `share`: multiplies each row's gradient for the
     parameters of a block, deployed and quarantine. `probes`: module name -> c [N, R]. `weights`: module name -> the
-    weight [o, i] that stands for the base and its live blocks together."""
+    weight [o, i] that stands for the base and its live blocks together; the products are in its dtype."""
 
     deployed: bool = True
     quarantine: bool = True
@@ -82,12 +82,13 @@ class Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(linear(x, a), b)
+        ctx.dtype = c.dtype
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, delta: Tensor):
         ax, b = ctx.saved_tensors
-        return delta, None, (ax * (delta @ b)).sum(1), None, None
+        return delta, None, (ax * (delta @ b)).sum(1, dtype=ctx.dtype), None, None
 
 
 class BlockLinear(nn.Module):
@@ -148,16 +149,18 @@ class BlockLinear(nn.Module):
         return torch.where(flow.d[:, None, None] > 0, stopped, dep)
 
     def forward(self, x: Tensor) -> Tensor:
-        flow = self.switch.flow
-        y = linear(x, flow.weights[self.name] if flow.weights else self.base.weight, self.base.bias)
+        flow, own = self.switch.flow, x.dtype
+        weight = flow.weights[self.name] if flow.weights else self.base.weight
+        x, bias = x.to(weight.dtype), None if self.base.bias is None else self.base.bias.to(weight.dtype)
+        y = linear(x, weight, bias)
         if flow.deployed:
             y = y + self._deployed(x, flow)
         if flow.quarantine:
             quar = self.block(x, "quarantine") if flow.share is None else self._shared(x, flow, "quarantine")
             y = y + (quar if flow.m is None else quar * flow.m[:, None, None])
         if flow.probes is not None:
-            y = Probe.apply(y, x, flow.probes[self.name], *self.bottleneck())
-        return y
+            y = Probe.apply(y, x, flow.probes[self.name], *(t.to(weight.dtype) for t in self.bottleneck()))
+        return y.to(own)
 
 
 class Adapter:
@@ -231,10 +234,12 @@ class Adapter:
         with self._as(replace(self.switch.flow, probes=probes)):
             yield probes
 
-    def merged(self, state: State):
-        """`state` on merged weights, without gradients for the parameters."""
+    def merged(self, state: State, dtype: torch.dtype | None = None):
+        """`state` on merged weights, without gradients for the parameters. `dtype` is that of the products with them;
+        None: the model's."""
         with torch.no_grad():
-            return self._as(Flow(deployed=False, quarantine=False, weights=self._weights(state)))
+            weights = {name: weight.to(dtype or weight.dtype) for name, weight in self._weights(state).items()}
+        return self._as(Flow(deployed=False, quarantine=False, weights=weights))
 
     @contextmanager
     def scaled(self, deployed: float = 1.0, quarantine: float = 1.0) -> Iterator[None]:

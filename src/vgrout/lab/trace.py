@@ -34,7 +34,8 @@ from vgrout.types import Decision, UserError
 
 FOLDER = "trace"
 KIND, FORMAT = "trace", 2
-SCORING = ("direction", "direction_axes", "score_state", "score_loss", "policy", "pairs")  # settings behind a score
+# Settings behind a score.
+SCORING = ("direction", "direction_axes", "score_state", "score_dtype", "score_loss", "policy", "pairs")
 
 
 def scoring(cfg: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from vgrout.method.policy import Rows
 
 
 @torch.no_grad()
-def input_moments(model: PreTrainedModel, hack: Rows, clean: Rows, micro_batch: int) -> dict[str, Moments]:
+def input_moments(model: PreTrainedModel, hack: Rows, clean: Rows, score_batch: int) -> dict[str, Moments]:
     """Moments of each target's inputs in the base model, by name. `hack` and `clean` are sides of the same pairs.
 
     Holds d_in^2 numbers of eight bytes a module. Call it before `attach`.
@@ -26,7 +26,7 @@ def input_moments(model: PreTrainedModel, hack: Rows, clean: Rows, micro_batch: 
     hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in linears.items()]
     try:
         for sign, rows in ((1, hack), (-1, clean)):
-            for index in torch.arange(len(rows.length)).split(micro_batch):
+            for index in torch.arange(len(rows.length)).split(score_batch):
                 part = rows.take(index)
                 model.model(input_ids=part.tokens, use_cache=False)
                 real = torch.arange(part.tokens.shape[1]) < part.length[:, None]

@@ -145,10 +145,12 @@ class Policy:
         tokenizer: PreTrainedTokenizerFast,
         adapter: Adapter,
         temperature: float,
-        micro_batch: int,
+        score_batch: int,
+        score_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
-        self.temperature, self.micro_batch = temperature, micro_batch
+        self.temperature, self.score_batch = temperature, score_batch
+        self.score_dtype = score_dtype  # of the products with merged weights in c-gradients and activations
         kinds = getattr(model.config, "layer_types", None) or ()
         # A layer that sees a window, or keeps a running state, needs its rows apart.
         self.packs = set(kinds) <= {"full_attention"} and not getattr(model.config, "sliding_window", None)
@@ -178,13 +180,13 @@ class Policy:
         OutOfMemory where not even one row fits.
         """
         n = len(rows.length)
-        return fitting(min(self.micro_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
+        return fitting(min(self.score_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
 
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
         """In micro-batches of `size` rows of similar length."""
         width = max(self.adapter.widths.values())
         out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
-        with self.adapter.merged(state):
+        with self.adapter.merged(state, self.score_dtype):
             for index in torch.argsort(rows.length, stable=True).split(size):
                 part = rows.take(index)
                 with self.adapter.probe(len(index)) as probes:
@@ -200,14 +202,14 @@ class Policy:
         Where memory is short the micro-batches are smaller. Raises OutOfMemory where not even one row fits.
         """
         n = len(rows.length)
-        return fitting(min(self.micro_batch, n), "scoring", lambda size: self._activations(rows, state, size))
+        return fitting(min(self.score_batch, n), "scoring", lambda size: self._activations(rows, state, size))
 
     @torch.no_grad()
     def _activations(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
         """In micro-batches of `size` rows of similar length."""
         factors = [(module, module.bottleneck()[0]) for module in self.adapter.modules.values()]
         out = torch.zeros(len(rows.length), len(factors), max(len(a) for _, a in factors))
-        with self.adapter.merged(state), ExitStack() as hooks:
+        with self.adapter.merged(state, self.score_dtype), ExitStack() as hooks:
             seen: dict[int, Tensor] = {}
             for m, (module, _) in enumerate(factors):
                 read = partial(lambda m, module, args: seen.update({m: args[0]}), m)
@@ -247,5 +249,5 @@ class Policy:
                 total = [t + g for t, g in zip(total, found, strict=True)]
             return value, total
 
-        value, total = fitting(min(self.micro_batch, n), "the pairs' gradients", in_batches)
+        value, total = fitting(min(self.score_batch, n), "the pairs' gradients", in_batches)
         return value, dict(zip(names, total, strict=True))

@@ -109,4 +109,4 @@ def _residuals(
                 out[index] = pooled
         return out
 
-    return fitting(min(policy.micro_batch, len(rows.length)), "reading activations", in_batches)
+    return fitting(min(policy.score_batch, len(rows.length)), "reading activations", in_batches)

@@ -77,7 +77,7 @@ def placebo() -> Evidence:
 
 
 def solo_loss(cfg: Config, policy: Policy, batch: Batch, i: int, advantage: float, decision: Decision) -> Tensor:
-    """Row i's part of the step's loss, from whole-sequence logits of that row alone. rho is 1: `ratio = one`."""
+    """Row i's part of the step's loss, from whole-sequence logits of that row alone, with `ratio = sampler`."""
     length = int(batch.length[i])
     tokens, on = batch.tokens[i : i + 1, :length], batch.completion[i, 1:length]
     drawn = tokens[0, 1:][on][:, None]
@@ -90,9 +90,12 @@ def solo_loss(cfg: Config, policy: Policy, batch: Batch, i: int, advantage: floa
         base = log_probs()
     with policy.adapter.routed(decision.m[i : i + 1], decision.d[i : i + 1]):
         now = log_probs()
-    now, base = now.gather(1, drawn), base.gather(1, drawn)
-    per_token = (-advantage * now + cfg.kl * ((base - now).exp() - (base - now) - 1)).sum()
-    return decision.weight[i] * per_token / (cfg.prompts * cfg.group * cfg.max_new)
+    now, base = (x.gather(1, drawn)[:, 0] for x in (now, base))
+    old = now.detach() if bool(batch.teacher[i]) else batch.logp_old[i][batch.completion[i]]
+    rho = (now - old).exp()
+    paid = torch.minimum(rho * advantage, rho.clamp(1 - cfg.clip_ratio, 1 + cfg.clip_ratio) * advantage)
+    per_token = cfg.kl * ((base - now).exp() - (base - now) - 1) - paid
+    return decision.weight[i] * per_token.sum() / (cfg.prompts * cfg.group * cfg.max_new)
 
 
 def step() -> Evidence:
@@ -277,7 +280,7 @@ def blind_run(arm: str, lies: bool) -> tuple[dict[str, Tensor], list[dict], int]
     cfg = replace(BLIND, arm=arm)
     model = random_model(replace(SIZES, vocab=len(words())), words())
     adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed)
-    policy = Policy(model, words(), adapter, cfg.temperature, cfg.micro_batch)
+    policy = Policy(model, words(), adapter, cfg.temperature, cfg.score_batch)
     env = Staged(demonstrated(), ARMS[arm].loophole, lies)
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(cfg, policy, env, Path(folder), {})

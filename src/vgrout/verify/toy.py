@@ -111,6 +111,7 @@ TOY = Config(
     rank=RANK,
     max_new=6,
     micro_batch=5,
+    score_batch=5,
     lr=1e-2,
     warmup=1,
     teacher_off_step=2,
