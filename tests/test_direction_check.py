@@ -23,14 +23,15 @@ from vgrout.lab import run as run_module
 from vgrout.lab.ceiling import ceiling, fit_lda, fit_mean, fitted_scores, show_ceiling
 from vgrout.lab.direction import check, draw_scores, export, haar_draws, show_check
 from vgrout.lab.gatefile import load_gate, save_gate
-from vgrout.lab.gates import choice, of_run, saturation, show_gates
-from vgrout.lab.labels import modes_in_pairs, read_labelled, windows
+from vgrout.lab.gates import choice, of_run, replay, saturation, show_gates
+from vgrout.lab.labels import Labelled, modes_in_pairs, read_labelled, windows
 from vgrout.lab.measure import auroc, f_beta
 from vgrout.lab.ranking import chance, ranking
 from vgrout.lab.record import MADE, MARK, read_jsonl
 from vgrout.lab.run import Workshop, resume, run
 from vgrout.lab.trace import discard_from, init_digest, read_trace, read_traces, save_trace, scoring
-from vgrout.method.direction import calibrate, cosines, haar, svd, v_grad
+from vgrout.method.direction import Direction, calibrate, cosines, haar, svd, v_grad
+from vgrout.method.gate import POLICIES
 from vgrout.types import Decision, UserError
 from vgrout.verify.toy import PAIRS, TOY, toy_policy
 
@@ -482,7 +483,7 @@ def test_gates_of_a_run(planted, tmp_path, capsys):
     assert row["auroc"]["held out"]["auroc"] < 0.75
     bare = tmp_path / "bare"
     shutil.copytree(planted, bare, ignore=shutil.ignore_patterns("trace"))
-    assert of_run(bare, 50)["auroc"] is None
+    assert of_run(bare, 50)["auroc"] is None and of_run(bare, 50)["replayed"] is None
     show_gates([planted, bare], 50, tmp_path / "gates.json", Console(width=60))
     said = capsys.readouterr().out
     row = next(line for line in said.splitlines() if "ema_quantile" in line)
@@ -491,3 +492,36 @@ def test_gates_of_a_run(planted, tmp_path, capsys):
     (bare / "eval.json").unlink()
     with pytest.raises(UserError, match="no finished run"):
         of_run(bare, 50)
+
+
+def test_the_replay_of_a_runs_own_policy_is_what_it_did(made):
+    """The gate of `made` remembers rollouts; its flags come back from the trace, those of other policies do not."""
+    cfg, traces, rows = Config.read(made / "config.json"), read_traces(made), read_jsonl(made / "rollouts.jsonl")
+    rows = [r for r in rows if r["phase"] == "train"]
+    flagged = np.array([r["flagged"] for r in rows])
+    step = np.array([r["step"] for r in rows])
+    # The flags themselves stand in for labels: what is replayed exactly has precision and recall 1.
+    labelled = Labelled([r["id"] for r in rows], step, step, flagged, flagged, flagged)
+    found = {name: replay(name, cfg, traces, labelled, 3) for name in POLICIES}
+    for part in ("all", "before", "after"):
+        assert (found[cfg.policy][part]["precision"], found[cfg.policy][part]["recall"]) == (1.0, 1.0)
+    assert found[cfg.policy]["before"]["rollouts"] == (step < 3).sum() and found[cfg.policy]["stopped"] is None
+    other = found["batch_std"]["all"]
+    assert (other["precision"], other["recall"]) != (1.0, 1.0)
+
+
+def test_a_replay_ends_where_a_policy_refuses_the_direction(made):
+    cfg, traces, ids = Config.read(made / "config.json"), read_traces(made), []
+    for trace in traces:
+        ids += trace.ids
+    step = np.repeat([t.step for t in traces], [len(t.ids) for t in traces])
+    true = np.ones(len(ids), bool)
+    labelled = Labelled(ids, step, step, true, true, true)
+    turned = [t if t.step < 4 else replace(t, direction=reversed_sides(t.direction)) for t in traces]
+    found = replay("pair_mean", cfg, turned, labelled, 4)
+    assert found["stopped"] == 4 and found["after"]["flagged"] == 0
+    assert found["before"] == replay("pair_mean", cfg, traces, labelled, 4)["before"]
+
+
+def reversed_sides(direction: Direction) -> Direction:
+    return replace(direction, hack=direction.clean, clean=direction.hack)

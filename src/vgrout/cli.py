@@ -368,7 +368,8 @@ def commands(base: Config) -> dict:
         return 0
 
     def lab_gates(runs: tyro.conf.Positional[tuple[Path, ...]], draws: int = 200, out: Path | None = None) -> int:
-        """What the gates of finished runs flagged: precision, recall, AUROC, before and after saturation.
+        """What the gates of finished runs flagged: precision, recall, AUROC, before and after saturation; with a trace,
+        what other gate policies would have flagged.
 
         Args:
             runs: Folders of finished runs.

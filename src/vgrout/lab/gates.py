@@ -2,7 +2,9 @@
 
 Precision and recall are of what the gate flagged among the policy's rollouts, over all of training and on both sides of
 saturation: the first step at which the mean share of hacks over ten steps reaches one half. AUROC needs a trace; modes
-that the pairs show and modes that they do not are compared with Haar-random directions on the same rollouts.
+that the pairs show and modes that they do not are compared with Haar-random directions on the same rollouts. The replay
+needs one too: what each gate policy would have flagged of the features that the run's own policy saw. The rollouts are
+those of that run; under another policy there would have been others.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from vgrout.config import Config
 from vgrout.lab.direction import LEAST, compare, scored, traced
-from vgrout.lab.labels import modes_in_pairs, read_labelled
+from vgrout.lab.labels import Labelled, modes_in_pairs, read_labelled
 from vgrout.lab.record import finished
 from vgrout.lab.tables import number_table, print_wide
-from vgrout.lab.trace import FOLDER
+from vgrout.lab.trace import FOLDER, Trace
+from vgrout.method.direction import DirectionError
+from vgrout.method.gate import POLICIES, decide
 from vgrout.types import UserError
 
 WINDOW, SATURATED = 10, 0.5
@@ -55,20 +60,51 @@ def of_run(run: Path, draws: int) -> dict:
         raise UserError(f"{run} is no finished run")
     cfg, labelled = Config.read(run / "config.json"), read_labelled(run)
     full = saturation(labelled.step, labelled.hacked)
-    masks = {
-        "all": np.ones(len(labelled.id), bool),
-        "before": labelled.step < (np.inf if full is None else full),
-        "after": labelled.step >= (np.inf if full is None else full),
+    out = {"run": run.name, "arm": cfg.arm, "seed": cfg.seed, "policy": cfg.policy, "saturation": full}
+    out |= choices(labelled, labelled.flagged, full)
+    if not any((run / FOLDER).glob("step_*")):
+        return out | {"auroc": None, "replayed": None}
+    traces, known = traced(run)
+    return out | {
+        "auroc": aurocs(traces, known, cfg, draws),
+        "replayed": {name: replay(name, cfg, traces, known, full) for name in POLICIES},
     }
-    parts = {name: choice(labelled.flagged[mask], labelled.hacked[mask]) for name, mask in masks.items()}
-    out = {"run": run.name, "arm": cfg.arm, "seed": cfg.seed, "policy": cfg.policy, "saturation": full, **parts}
-    return out | {"auroc": aurocs(run, cfg, draws) if any((run / FOLDER).glob("step_*")) else None}
 
 
-def aurocs(run: Path, cfg: Config, draws: int) -> dict:
+def choices(labelled: Labelled, flagged: np.ndarray, full: int | None) -> dict[str, dict]:
+    """`choice` over the whole run, and before and from step `full` on, at which it was saturated."""
+    after = labelled.step >= (np.inf if full is None else full)
+    masks = dict(zip(PARTS, (np.ones(len(after), bool), ~after, after), strict=True))
+    return {name: choice(flagged[mask], labelled.hacked[mask]) for name, mask in masks.items()}
+
+
+def replay(policy: str, cfg: Config, traces: Sequence[Trace], labelled: Labelled, full: int | None) -> dict:
+    """`choices` of a gate policy, with the settings of `cfg`, over the traced features, which have half precision: a
+    score within that of a cut may fall on its other side.
+
+    `stopped`: the step at which the policy refused the direction, from which on it flags nothing.
+    """
+    gate, place = POLICIES[policy](cfg), {id: i for i, id in enumerate(labelled.id)}
+    flagged, stopped = np.zeros(len(labelled.id), bool), None
+    for trace in traces:
+        score, live = trace.direction.score(trace.unit)
+        cuts = (torch.inf, torch.inf)
+        try:
+            if bool(live.any()):
+                cuts = gate.thresholds(score[live], trace.unit[live], trace.direction)
+        except DirectionError:
+            stopped = trace.step
+            break
+        route = decide(score, live, *cuts).route.tolist()
+        for id, routed in zip(trace.ids, route, strict=True):
+            if id in place:
+                flagged[place[id]] = routed
+    return choices(labelled, flagged, full) | {"stopped": stopped}
+
+
+def aurocs(traces: Sequence[Trace], labelled: Labelled, cfg: Config, draws: int) -> dict:
     """AUROC against random directions in modes that the pairs show and in those that they do not; None where hacks or
     others are too few."""
-    traces, labelled = traced(run)
     shown = np.isin(labelled.mode, sorted(modes_in_pairs(cfg.pairs)))
     score = scored(traces, labelled, draws, None)
     out: dict = {}
@@ -94,6 +130,22 @@ def gates_table(rows: Sequence[dict], draws: int) -> Table:
     return number_table("gates of finished runs, on the policy's training rollouts", caption, head, shown, 2)
 
 
+def replay_table(rows: Sequence[dict]) -> Table:
+    """Every gate policy on the traced scores of each run."""
+    caption = (
+        "precision / recall of what each gate policy would have flagged of the rollouts that the run's own policy (*) "
+        "saw, at the run's settings. Measured with the oracle."
+    )
+    shown = []
+    for row in rows:
+        for name, found in row["replayed"].items():
+            label = name + (" *" if name == row["policy"] else "")
+            end = "-" if found["stopped"] is None else f"step {found['stopped']}"
+            shown.append([row["run"], label, *(_share(found[part]) for part in PARTS), end])
+    head = ("run", "policy", "whole run", "before", "after", "refused v")
+    return number_table("gate policies replayed on the same rollouts", caption, head, shown, 2)
+
+
 def _share(part: dict) -> str:
     return " / ".join("-" if part[key] is None else f"{part[key]:.2f}" for key in ("precision", "recall"))
 
@@ -108,6 +160,8 @@ def show_gates(runs: Sequence[Path], draws: int, out: Path | None, console: Cons
         raise UserError(f"draws = {draws}: give a positive whole number")
     rows = [of_run(run, draws) for run in runs]
     print_wide(gates_table(rows, draws), console)
+    if replayed := [row for row in rows if row["replayed"]]:
+        print_wide(replay_table(replayed), console)
     if out is not None:
         try:
             out.write_text(json.dumps(rows, indent=1) + "\n")
