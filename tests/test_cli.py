@@ -141,6 +141,8 @@ def test_mistakes_of_decide(vgrout, files, args, words):
         (["direction", "check", "none", "used"], ["no file at none"]),
         (["lab", "ceiling", "nowhere"], ["nowhere", "no trace"]),
         (["lab", "gates", "hollow"], ["hollow", "no finished run"]),
+        (["lab", "gates", "hollow", "--out", "nowhere/gates.json"], ["cannot write nowhere/gates.json"]),
+        (["direction", "check", "none", "used", "--out", "used"], ["cannot write used"]),
         (["data"], ["data leetcode"]),
         (["env"], ["env audit"]),
         (["grade", "none.jsonl", "bad.md"], ["none.jsonl"]),

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from vgrout.config import Config, preset
 from vgrout.envs.modes import MODES
-from vgrout.lab.given import REQUESTS
+from vgrout.lab.given import REQUESTS, requests
 from vgrout.lab.record import read_jsonl
 from vgrout.lab.run import resume, run
 from vgrout.method import judge as judging
@@ -864,3 +864,7 @@ def test_a_run_records_what_its_judge_cost_over_all_its_processes(server, tmp_pa
     assert both["prompt_tokens"] - first["prompt_tokens"] == 11 * (both["calls"] - first["calls"]) > 0
     judged = [step["judged"] for step in read_jsonl(tmp_path / "run" / "steps.jsonl")]
     assert len(judged) == 3 and all(1 <= n <= 8 for n in judged)
+    assert requests(tmp_path / "run") == both and requests(tmp_path) == {}
+    for damage in ("{", "[1]", "3"):
+        (tmp_path / "run" / REQUESTS).write_text(damage)
+        assert requests(tmp_path / "run") == {}

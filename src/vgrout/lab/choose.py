@@ -7,7 +7,6 @@ shows stay unread. The choice does read the oracle: who takes a default from her
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +17,11 @@ from rich.progress import track
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, summary
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.record import finished
 from vgrout.lab.run import MICRO, pairs_note, sandbox_note, workshop
-from vgrout.lab.tables import number_table, print_wide
+from vgrout.lab.tables import can_write, number_table, print_wide, write_result
 from vgrout.types import UserError
 
 SPLIT = "val"
@@ -108,8 +106,7 @@ def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: 
     if rollouts < 1:
         raise UserError(f"rollouts = {rollouts}: give a positive whole number")
     chosen = configurations(runs)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"cannot write {out}: give a file in a folder that exists")
+    can_write(out)
     todo = track(chosen.items(), "evaluating", total=len(chosen), console=console, transient=True)
     found = [shipped(run, cfg, rollouts) for run, cfg in todo]
     rows = ranked(found)
@@ -127,8 +124,4 @@ def show_choice(runs: Sequence[Path], rollouts: int, out: Path | None, console: 
         for row in rows
     ]
     print_wide(number_table("settings on validation problems of the pairs' modes", caption, head, shown, 2), console)
-    if out is not None:
-        try:
-            replace_file(out, json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_result(out, rows)

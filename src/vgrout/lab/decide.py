@@ -33,7 +33,7 @@ from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
-from vgrout.lab.given import LEADER, REQUESTS, absent, access
+from vgrout.lab.given import LEADER, absent, access, requests
 from vgrout.lab.grid import SETS, named
 from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
@@ -537,10 +537,9 @@ def _decide(
     files = {job.name: out / job.name / "timing.json" for job in jobs if finished(out / job.name)}
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
     earlier = json.loads((out / "timing.json").read_text())["wall"] if (out / "timing.json").is_file() else 0.0
-    asked = {job.name: json.loads(f.read_text()) for job in jobs if (f := out / job.name / REQUESTS).is_file()}
-    timing = {"wall": round(earlier + time.monotonic() - begun, 1), "runs": seconds} | (
-        {"judge": asked} if asked else {}
-    )
+    timing = {"wall": round(earlier + time.monotonic() - begun, 1), "runs": seconds}
+    if asked := {job.name: said for job in jobs if (said := requests(out / job.name))}:
+        timing["judge"] = asked
     replace_file(out / "timing.json", json.dumps(timing, indent=2) + "\n")
     print_wide(result_table(result, timing), console)
     if base_cells is None:

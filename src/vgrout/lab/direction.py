@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vgrout.config import Config
-from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.gatefile import HASHES, NAME, GateFile, direction_of, gate_meta, load_gate, save_gate
 from vgrout.lab.labels import Labelled, read_labelled, windows
 from vgrout.lab.ranking import MEASURES, chance, ranking
 from vgrout.lab.record import one_writer, read_jsonl
 from vgrout.lab.run import make_policy, newest
-from vgrout.lab.tables import number_table, print_wide
+from vgrout.lab.tables import can_write, number_table, print_wide, write_result
 from vgrout.lab.trace import FOLDER, Trace, init_digest, read_traces
 from vgrout.method.direction import Direction, haar_like
 from vgrout.types import UserError
@@ -212,11 +211,9 @@ def check_table(result: dict) -> Table:
 
 
 def show_check(gate: Path, trace: Path, draws: int, window: int, out: Path | None, console: Console) -> None:
+    can_write(out)
     result = check(gate, trace, draws=draws, window=window)
     print_wide(check_table(result), console)
+    write_result(out, result)
     if out is not None:
-        try:
-            replace_file(out, json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
         console.print(f"{out}")

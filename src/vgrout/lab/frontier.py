@@ -6,7 +6,6 @@ against which an arm that hacks less has to be held.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from vgrout.adapters.base import Adapter
 from vgrout.arms import ARMS
 from vgrout.arms.base import part
 from vgrout.config import Config
-from vgrout.lab.checkpoint import FOLDER, replace_file, whole
+from vgrout.lab.checkpoint import FOLDER, whole
 from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, size_note, summary
 from vgrout.lab.record import finished
 from vgrout.lab.run import MICRO, header, sandbox_note, workshop
+from vgrout.lab.tables import can_write, write_result
 from vgrout.types import UserError
 
 
@@ -68,8 +68,7 @@ def frontier(run: Path, scales: Sequence[float], rollouts: int | None, console: 
 
 def show_frontier(run: Path, scales: Sequence[float], rollouts: int | None, out: Path | None, console: Console) -> None:
     """Print the points, and write them to `out` as JSON."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"cannot write {out}: give a file in a folder that exists")
+    can_write(out)
     result = frontier(run, scales, rollouts, console)
     table = Table(title=f"{run.name}: held-out problems and markers, as shipped; % of rollouts [95 % interval]")
     for column in ("point", "hack", "solve", "compile"):
@@ -82,5 +81,4 @@ def show_frontier(run: Path, scales: Sequence[float], rollouts: int | None, out:
     notes = (size_note({"cell": result["points"][0]["cell"]}), sandbox_note(result))
     table.caption = " ".join(filter(None, notes)) or None
     console.print(table)
-    if out is not None:
-        replace_file(out, json.dumps(result, indent=1) + "\n")
+    write_result(out, result)

@@ -9,7 +9,6 @@ those of that run; under another policy there would have been others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from vgrout.config import Config
 from vgrout.lab.direction import LEAST, compare, scored, traced
 from vgrout.lab.labels import Labelled, modes_in_pairs, read_labelled
 from vgrout.lab.record import finished
-from vgrout.lab.tables import number_table, print_wide
+from vgrout.lab.tables import can_write, number_table, print_wide, write_result
 from vgrout.lab.trace import FOLDER, Trace
 from vgrout.method.direction import DirectionError
 from vgrout.method.gate import POLICIES, decide
@@ -158,12 +157,9 @@ def show_gates(runs: Sequence[Path], draws: int, out: Path | None, console: Cons
     """Print the table; with `out` also write it as JSON. Raises UserError."""
     if draws < 1:
         raise UserError(f"draws = {draws}: give a positive whole number")
+    can_write(out)
     rows = [of_run(run, draws) for run in runs]
     print_wide(gates_table(rows, draws), console)
     if replayed := [row for row in rows if row["replayed"]]:
         print_wide(replay_table(replayed), console)
-    if out is not None:
-        try:
-            out.write_text(json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_result(out, rows)

@@ -112,11 +112,16 @@ def keeping(given: Given, cfg: Config, out: Path) -> Iterator[Given]:
         _count(out / REQUESTS, judge)
 
 
+def requests(folder: Path) -> dict[str, Any]:
+    """What a run asked its judge so far; empty where it asked none, or the record is damaged: it is no result."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return {**json.loads((folder / REQUESTS).read_text())}
+    return {}
+
+
 def _count(file: Path, judge: Judge) -> None:
     """Add what this process asked to what the run's earlier ones did. A process that was killed is not in it."""
-    earlier: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):  # what it cost is no result
-        earlier = {**json.loads(file.read_text())}
+    earlier = requests(file.parent)
     counts = {key: round(value + earlier.get(key, 0), 2) for key, value in asdict(judge.counts).items()}
     faults = dict(sorted((judge.faults + Counter(earlier.get("faults", {}))).items()))
     try:

@@ -1,13 +1,19 @@
-"""Tables that keep their width on a narrow terminal: wrapped numbers are unreadable."""
+"""What a command of the lab shows: tables that keep their width on a narrow terminal, and the JSON file of a result."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+from vgrout.lab.checkpoint import replace_file
+from vgrout.types import UserError
 
 WIDTH = 132  # characters that the widest table needs
 
@@ -27,3 +33,19 @@ def print_wide(table: Table, console: Console) -> None:
     """Print a table at its own width, on a narrow terminal too."""
     least = Measurement.get(console, console.options.update(max_width=1000), table).minimum
     console.print(table, width=max(console.width, WIDTH, least), crop=False)
+
+
+def can_write(out: Path | None) -> None:
+    """Raises UserError, before the work, where the file that somebody asked for cannot be one."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"cannot write {out}: give a file in a folder that exists")
+
+
+def write_result(out: Path | None, result: Any) -> None:
+    """What a command showed, as JSON, where somebody asked for it. Raises UserError."""
+    if out is None:
+        return
+    try:
+        replace_file(out, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
