@@ -1,6 +1,7 @@
 # make decide | gates | test | smoke | verify | mutate | clean.  Extra arguments: make test ARGS="-k house -x"
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 ARGS ?=
+SEEDS ?= 0 1 2
 JOBS ?= 2
 
 VENV := .venv
@@ -16,8 +17,8 @@ decide: $(CORE)  ## train and compare the arms on the micro world
 	$(BIN)/vgrout decide --preset micro --out runs/micro $(ARGS)
 
 gates: $(CORE)  ## what routeV's gate tells apart on three seeds, against random directions and other gate policies
-	$(BIN)/vgrout decide --preset micro --out runs/gates --seeds 0 1 2 --arms routeV --trace-every 1 $(ARGS)
-	$(BIN)/vgrout lab gates runs/gates/routeV-s0 runs/gates/routeV-s1 runs/gates/routeV-s2
+	$(BIN)/vgrout decide --preset micro --out runs/gates --seeds $(SEEDS) --arms routeV --trace-every 1
+	$(BIN)/vgrout lab gates $(SEEDS:%=runs/gates/routeV-s%) $(ARGS)
 
 smoke: $(DEV)  ## the real pipeline on tiny sizes, then every gate
 	$(BIN)/vgrout smoke $(ARGS)

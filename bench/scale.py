@@ -128,6 +128,7 @@ def measure(point: Point, threads: int) -> dict:
         teacher_n=0,
         eval_every=0,
         threads=threads,
+        micro_batch=16,
         refresh_every=1 if point.axis == "pairs" else 5,  # pairs cost where v is extracted
     )
     policy = Policy(model, tokenizer, attach(model, cfg.adapter, cfg.rank, 0), cfg.temperature, cfg.score_batch)

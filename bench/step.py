@@ -1,7 +1,7 @@
 """What a training step costs beside TRL's GRPO: python bench/step.py [--steps N] [--json FILE]. Needs the extra `trl`.
 
 TRL and our arms take their steps in turns, each in a process of its own that waits while another works: the same
-model, prompts, sampling temperature, grader, rank, KL weight, threads and dtype. Prints medians with their ratios to
+model, prompts, sampling temperature, grader, rank, KL weight and threads. Prints medians with their ratios to
 TRL, and what the phases of our steps take and reach of the machine's own matrix product.
 """
 

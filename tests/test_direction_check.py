@@ -486,9 +486,17 @@ def test_gates_of_a_run(planted, tmp_path, capsys):
     assert of_run(bare, 50)["auroc"] is None and of_run(bare, 50)["replayed"] is None
     show_gates([planted, bare], 50, tmp_path / "gates.json", Console(width=60))
     said = capsys.readouterr().out
-    row = next(line for line in said.splitlines() if "ema_quantile" in line)
+    row = next(line for line in said.splitlines() if "ema_quantile" in line)  # of the first table
     assert f"step {at}" in row and "; 0.020)" in row  # 1/51, at its own width on any terminal
-    assert [r["run"] for r in json.loads((tmp_path / "gates.json").read_text())] == [planted.name, "bare"]
+    assert "ema_quantile *" in said and "batch_std *" not in said and "40 of 40" in said
+    saved = json.loads((tmp_path / "gates.json").read_text())
+    assert [r["run"] for r in saved] == [planted.name, "bare"]
+    assert set(saved[0]["replayed"]) == set(POLICIES) and saved[1]["replayed"] is None
+    (bare / "trace").mkdir()
+    for step in range(0, 40, 2):
+        shutil.copy(planted / "trace" / f"step_{step:06d}.safetensors", bare / "trace")
+    sparse = of_run(bare, 50)
+    assert sparse["traced"] == [20, 40] and set(POLICIES) - set(sparse["replayed"]) == {"top2q", "ema_quantile"}
     (bare / "eval.json").unlink()
     with pytest.raises(UserError, match="no finished run"):
         of_run(bare, 50)

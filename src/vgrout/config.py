@@ -60,7 +60,7 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature in training; all log-probabilities are of logits / temperature."""
     micro_batch: int = 64
-    """Most rollouts in one pass of the update, where those of a group share their prompt."""
+    """Most rollouts in one pass of the update, where those of a group share their prompt. Fewer take less memory."""
     score_batch: int = 16
     """Most rollouts or pairs in any other pass that scores or differentiates them, each with its own prompt."""
 
@@ -132,8 +132,8 @@ class Config:
     score_state: Literal["full", "deployed"] = "full"
     """Forward state in which rollouts are scored."""
     score_dtype: Literal["model", "bfloat16"] = "model"
-    """Numbers in which the model's weights are multiplied when pairs and rollouts are scored: the model's own, or
-    bfloat16, which is faster where the processor multiplies it and moves few labels (docs/performance.md)."""
+    """Numbers in which weights are multiplied where c-gradients and bottleneck activations are scored: the model's own,
+    or bfloat16, which is faster where the processor multiplies it and moves few labels (docs/performance.md)."""
     refresh_every: int = 5
     """Steps between extractions of the direction."""
     pairs: str = "micro"
@@ -361,6 +361,7 @@ PRESETS: dict[str, Config] = {
     "smoke": Config(
         preset="smoke",
         steps=6,
+        micro_batch=16,
         prompts=4,
         group=6,
         teacher_off_step=3,

@@ -6,7 +6,7 @@ At every token, of the prompt too, in the outputs of the layers of `concept.py`,
 difference itself, so that c = 1 moves a token as far as a hack lies from a clean side.
 
 suppress: the sampler's log-probabilities are those of the edited model. With `ratio = one` the update ignores the
-edit; with `ratio = sampler` its rho is pi of the plain model over pi_old of the edited one.
+edit; with `ratio = sampler`, the default, its rho is pi of the plain model over pi_old of the edited one.
 steer: with c > 0 the update finds the model moved towards the hacks already. Both sides of the KL term, and of the
 recorded `kl`, are edited: it measures what was learnt and not the edit.
 

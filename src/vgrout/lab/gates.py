@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vgrout.arms import ARMS
+from vgrout.arms.monitors import GradientScore
 from vgrout.config import Config
 from vgrout.lab.direction import LEAST, compare, scored, traced
 from vgrout.lab.labels import Labelled, modes_in_pairs, read_labelled
@@ -24,7 +26,7 @@ from vgrout.lab.record import finished
 from vgrout.lab.tables import can_write, number_table, print_wide, write_result
 from vgrout.lab.trace import FOLDER, Trace
 from vgrout.method.direction import DirectionError
-from vgrout.method.gate import POLICIES, decide
+from vgrout.method.gate import POLICIES, Remembers, decide
 from vgrout.types import UserError
 
 WINDOW, SATURATED = 10, 0.5
@@ -64,9 +66,13 @@ def of_run(run: Path, draws: int) -> dict:
     if not any((run / FOLDER).glob("step_*")):
         return out | {"auroc": None, "replayed": None}
     traces, known = traced(run)
+    # A policy that remembers needs every step.
+    able = [n for n, kind in POLICIES.items() if len(traces) == cfg.steps or not isinstance(kind(cfg), Remembers)]
     return out | {
         "auroc": aurocs(traces, known, cfg, draws),
-        "replayed": {name: replay(name, cfg, traces, known, full) for name in POLICIES},
+        "traced": [len(traces), cfg.steps],
+        "own": cfg.policy if ARMS[cfg.arm].monitor.cut is GradientScore.cut else None,
+        "replayed": {name: replay(name, cfg, traces, known, full) for name in able},
     }
 
 
@@ -133,15 +139,17 @@ def replay_table(rows: Sequence[dict]) -> Table:
     """Every gate policy on the traced scores of each run."""
     caption = (
         "precision / recall of what each gate policy would have flagged of the rollouts that the run's own policy (*) "
-        "saw, at the run's settings. Measured with the oracle."
+        "saw, at the run's settings, in the traced steps. ended: where a policy stopped, since the pairs' hack sides "
+        "scored below their clean ones. Measured with the oracle."
     )
     shown = []
     for row in rows:
         for name, found in row["replayed"].items():
-            label = name + (" *" if name == row["policy"] else "")
+            label = name + (" *" if name == row["own"] else "")
             end = "-" if found["stopped"] is None else f"step {found['stopped']}"
-            shown.append([row["run"], label, *(_share(found[part]) for part in PARTS), end])
-    head = ("run", "policy", "whole run", "before", "after", "refused v")
+            traced = "{} of {}".format(*row["traced"])
+            shown.append([row["run"], label, traced, *(_share(found[part]) for part in PARTS), end])
+    head = ("run", "policy", "traced steps", "whole run", "before", "after", "ended")
     return number_table("gate policies replayed on the same rollouts", caption, head, shown, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,14 @@ def print_wide(table: Table, console: Console) -> None:
 
 
 def can_write(out: Path | None) -> None:
-    """Raises UserError, before the work, where the file that somebody asked for cannot be one."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+    """Raises UserError, before the work, where what somebody asked for is no file, or cannot become one."""
+    if out is None:
+        return
+    try:
+        fits = out.is_file() or (out.parent.is_dir() and not os.path.lexists(out))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    if not fits:
         raise UserError(f"cannot write {out}: give a file in a folder that exists")
 
 

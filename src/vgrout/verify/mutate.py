@@ -131,6 +131,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("resume", "arms/edits.py", 'self.before = part(state, "before.") or None', "self.before = None"),
     Mutation("step", "loop.py", "                advantage[index],", "                -advantage[: len(index)],", True),
     Mutation("step", "loop.py", "decision.m[index], decision.d[index]", "decision.m[index], 0 * decision.d[index]"),
+    Mutation("step", "loop.py", "batch.logp_old[index, :width]", "batch.logp_old[: len(index), :width]"),
+    Mutation("step", "loop.py", "batch.teacher[index]", "batch.teacher[: len(index)]"),
     Mutation("step", "loop.py", "k3(drawn, drawn_ref)", "k3(drawn_ref, drawn)"),
     Mutation("step", "loop.py", "                live[index],", "                live[index] | True,"),
     Mutation("idle", "loop.py", 'self.cfg.masked_block == "still"', "False", True),
