@@ -345,7 +345,7 @@ def test_a_storm_of_kills(tmp_path, expected):
                 resume(out) if (out / "config.json").is_file() else run(cfg, out, force=True)
             finally:
                 os._exit(0)
-        time.sleep(rng.uniform(0.02, 0.35))
+        time.sleep(rng.uniform(0.02, 0.35) * (1 + launches / 50))  # a busy machine gets on too
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert launches > 3
@@ -524,11 +524,13 @@ def at_most(rows: int, found: int) -> None:
 
 
 def test_out_of_memory_in_generation(tmp_path, capsys, expected):
-    """Every batch of 8 is sampled as two of 4: the same rollouts, hence the same bytes."""
+    """Every batch of 8 is sampled as two of 4: the same rollouts, hence the same bytes where no update reads the
+    sampler's log-probabilities, which differ by rounding."""
+    cfg = replace(CFG, ratio="one")
     with patched(TorchEngine, "_decode", lambda _, prompts, counts, *more: at_most(4, sum(counts)), -1):
-        run(CFG, tmp_path / "run")
-    assert capsys.readouterr().err.count("memory is short for sampling: trying it with 4") == CFG.steps
-    assert results(tmp_path / "run") == expected(CFG)
+        run(cfg, tmp_path / "run")
+    assert capsys.readouterr().err.count("memory is short for sampling: trying it with 4") == cfg.steps
+    assert results(tmp_path / "run") == expected(cfg)
 
 
 def test_out_of_memory_in_scoring(capsys):
