@@ -13,6 +13,7 @@ from vgrout.method.direction import Direction, DirectionError, haar
 from vgrout.method.gate import POLICIES, decide, uniform
 from vgrout.method.loss import advantages, live_groups
 from vgrout.method.policy import Policy, pack, stack
+from vgrout.method.prefix import by_prompt
 from vgrout.verify.method_gates import toy_rows
 from vgrout.verify.toy import TOY, displace, rig, tokenizer, toy_policy
 
@@ -111,6 +112,26 @@ def test_micro_batches_change_nothing(policy):
     small = Policy(policy.model, policy.tokenizer, policy.adapter, 1.0, 1)
     large = Policy(policy.model, policy.tokenizer, policy.adapter, 1.0, 64)
     assert torch.allclose(small.c_gradients(rows, "full"), large.c_gradients(rows, "full"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_rows_of_one_prompt_share_its_forward_pass(policy, size):
+    """Whatever the groups and the batches, c-gradients are those of rows that stand apart."""
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [10, 11, 12, 13], [8, 9], [5, 6, 7], [10, 11, 12, 13]]
+    rows = stack(prompts, [[11, 12], [13], [14, 15, 16, 17], [21], [11, 12], [18, 19, 20], [30, 31]], 0)
+    assert [len(members) for members in by_prompt(rows).values()] == [2, 3, 2]
+    for state in ("full", "deployed"):
+        shared = policy._c_gradients(rows, state, size)
+        with policy.adapter.merged(state):
+            apart = policy._row_by_row(rows, size)
+        assert (shared - apart).norm() < 1e-5 * apart.norm() and apart.norm() > 0
+
+
+def test_when_rows_share_a_prompt():
+    assert by_prompt(stack([[1, 2], [1, 2], [3, 4]], [[5], [6], [7]], 0)) is None  # too few
+    assert by_prompt(stack([[1], [1], [3], [3]], [[5], [6], [7], [8]], 0)) is None  # the last token is all there is
+    found = by_prompt(stack([[1, 2, 2], [1, 2], [1, 2], [1, 2, 2]], [[5], [6], [2], [8]], 0))
+    assert found == {(1, 2): [1, 2], (1, 2, 2): [0, 3]}
 
 
 def test_bfloat16_scores(policy):

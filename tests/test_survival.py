@@ -37,6 +37,7 @@ from vgrout.lab.evaluate import size_note
 from vgrout.lab.record import LOGS, MARK, Log, Recorder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.lab.run import Workshop, resume, run
 from vgrout.loop import Diverged, Training
+from vgrout.method import prefix
 from vgrout.method.policy import Policy
 from vgrout.signals import Interrupted, held, listening
 from vgrout.types import Graded, RunFailed, UserError
@@ -538,9 +539,14 @@ def test_out_of_memory_in_scoring(capsys):
     cfg = replace(TOY, micro_batch=8, score_batch=8)
     (_, usual), (_, reader) = watched(cfg), watched(cfg)
     usual.training.run(usual)
-    with patched(Policy, "logp", lambda _, rows: at_most(3, len(rows.length)), -1):
+    with (
+        patched(Policy, "logp", lambda _, rows: at_most(3, len(rows.length)), -1),
+        patched(prefix, "run_completions", lambda policy, rows, index, *more: at_most(1, len(index)), -1),
+    ):
         reader.training.run(reader)
-    assert "memory is short for scoring: trying it with 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "memory is short for scoring: trying it with 2" in said  # the pairs
+    assert "memory is short for scoring: trying it with 1" in said  # the rollouts
     assert [d.zones() for d in reader.decisions] == [d.zones() for d in usual.decisions]
     assert all(map(equal, reader.after, usual.after))
     for mine, theirs in zip(reader.decisions, usual.decisions, strict=True):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
 from vgrout.faults import fitting
+from vgrout.method.prefix import by_prompt, shared_c_gradients, stacked
 from vgrout.types import State
 
 
@@ -183,16 +184,19 @@ class Policy:
         return fitting(min(self.score_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
 
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
-        """In micro-batches of `size` rows of similar length."""
+        with self.adapter.merged(state, self.score_dtype):
+            groups = by_prompt(rows) if self.packs else None
+            return self._row_by_row(rows, size) if groups is None else shared_c_gradients(self, rows, groups, size)
+
+    def _row_by_row(self, rows: Rows, size: int) -> Float[Tensor, "N M R"]:
+        """c-gradients with each row behind its own prompt, in micro-batches of `size` rows of similar length."""
         width = max(self.adapter.widths.values())
         out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
-        with self.adapter.merged(state, self.score_dtype):
-            for index in torch.argsort(rows.length, stable=True).split(size):
-                part = rows.take(index)
-                with self.adapter.probe(len(index)) as probes:
-                    nll = -self.logp(part).sum(1) / part.completion.sum(1)
-                    grads = torch.autograd.grad(nll.sum(), list(probes.values()))
-                out[index] = torch.stack([F.pad(g, (0, width - g.shape[1])) for g in grads], dim=1)
+        for index in torch.argsort(rows.length, stable=True).split(size):
+            part = rows.take(index)
+            with self.adapter.probe(len(index)) as probes:
+                grads = torch.autograd.grad(self.nll(part).sum(), list(probes.values()))
+            out[index] = stacked(grads, width)
         return out
 
     def activations(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:

@@ -29,6 +29,7 @@ from vgrout.method.direction import Direction, DirectionError, calibrate, haar, 
 from vgrout.method.gate import POLICIES, decide
 from vgrout.method.loss import EPS, advantages, counted_rows, divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import Policy, Rows, stack
+from vgrout.method.prefix import by_prompt
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Decision
 from vgrout.verify.evidence import Evidence, gap
@@ -43,6 +44,13 @@ def toy_rows(count: int, length: int = 6) -> Rows:
     words = [torch.randint(5, 261, (8 + length,), generator=generator).tolist() for _ in range(count)]
     prompts = [row[: 3 + i % 4] for i, row in enumerate(words)]
     return stack(prompts, [row[8:] for row in words], 0)
+
+
+def sharing_rows() -> Rows:
+    """Two prompts of different lengths, three rows of one and two of the other, completions of different lengths."""
+    words = toy_rows(5).tokens.tolist()
+    prompts = [words[i][: 6 if i % 2 else 4] for i in (0, 1, 0, 1, 0)]
+    return stack(prompts, [row[-2 - i :] for i, row in enumerate(words)], 0)
 
 
 # The c-probe.
@@ -98,10 +106,10 @@ def probe() -> Evidence:
 
 
 def _probe(policy: Policy) -> Evidence:
-    rows, n = toy_rows(5), 5
-    adapter, off, alone, smallest, values = policy.adapter, 0.0, 0.0, math.inf, True
-    for moved in (False, True):
-        if moved:
+    n, shared = 5, sharing_rows()
+    adapter, off, alone, smallest, values = policy.adapter, 0.0, 0.0, math.inf, by_prompt(shared) is not None
+    for moved, rows in ((False, toy_rows(n)), (True, toy_rows(n)), (True, shared)):
+        if moved and rows is not shared:
             displace(adapter)
         for state in ("full", "deployed"):
             batched = policy.c_gradients(rows, state)
