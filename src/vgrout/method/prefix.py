@@ -107,9 +107,7 @@ def run_completions(
     tokens, drawn = (rows.tokens[index].gather(1, position + ahead) for ahead in (0, 1))
     prompt = torch.arange(front.states[0].shape[2]) < seen[:, None]
     causal = torch.ones(len(step), len(step), dtype=torch.bool).tril()
-    visible = torch.cat(
-        [prompt[:, None].expand(-1, len(step), -1), causal.expand(len(index), -1, -1)], dim=2
-    )  # [K, new, prompt + new]
+    visible = torch.cat((prompt[:, None].expand(-1, len(step), -1), causal.expand(len(index), -1, -1)), dim=2)
     copies = [state.detach()[owner].requires_grad_() for state in front.states]
     cache = DynamicCache(config=policy.model.config)
     for layer, (keys, values) in enumerate(zip(copies[::2], copies[1::2], strict=True)):

@@ -119,7 +119,7 @@ def _probe(policy: Policy) -> Evidence:
                 alone = max(alone, gap(policy.c_gradients(row, state)[0], batched[i]))
                 with adapter.state(state):
                     off = max(off, gap(batched[i], formula(policy, row)))
-            for context in (adapter.state(state), adapter.merged(state)):
+            for context in (adapter.state(state), adapter.merged(state)) if rows is not shared else ():
                 with torch.no_grad(), context:
                     plain = policy.logp(rows)
                     with adapter.probe(n):

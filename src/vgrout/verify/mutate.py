@@ -89,9 +89,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("probe", "method/prefix.py", "out[index] += back[place, owner]", "back[place, owner]"),
     Mutation("probe", "method/prefix.py", "total[place[some], owner[some]] = grad", "total[0, owner[some]] = grad"),
     Mutation("probe", "method/prefix.py", "position = seen[:, None] + torch", "position = seen[:1, None] + torch"),
-    Mutation(
-        "probe", "method/prefix.py", "prompt[:, None].expand", "prompt[:1, None].repeat(len(prompt), 1, 1).expand"
-    ),
+    Mutation("probe", "method/prefix.py", "prompt[:, None].expand", "(prompt[:, None] | True).expand"),
     Mutation("probe", "adapters/lora2r.py", "return A0 + dA, B0 + dB", "return A0 + dA, dB"),
     Mutation("grpo_identity", "method/loss.py", "beta * kl - surrogate", "beta * kl + surrogate"),
     Mutation("grpo_identity", "method/direction.py", "(hack - clean).mean(0)", "hack.mean(0)"),
