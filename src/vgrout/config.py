@@ -62,7 +62,7 @@ class Config:
     micro_batch: int = 64
     """Most rollouts in one pass of the update, where those of a group share their prompt. Fewer take less memory."""
     score_batch: int = 16
-    """Most rollouts or pairs in any other pass that scores or differentiates them, each with its own prompt."""
+    """Most rollouts or pairs in any other pass that scores or differentiates them."""
 
     lr: float = 2e-3
     """Peak learning rate of AdamW."""

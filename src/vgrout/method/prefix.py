@@ -80,8 +80,9 @@ class Front:
         found = torch.autograd.grad(
             self.states, self.probes, grads, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-        fallback = [torch.zeros(len(grads[0]), *c.shape) for c in self.probes]  # keys of the last layer need no more
-        return [none if g is None else g for g, none in zip(found, fallback, strict=True)]
+        # In the last layer what is behind keys and values reaches no other token: its modules have no gradient.
+        count = len(grads[0])
+        return [torch.zeros(count, *c.shape) if g is None else g for g, c in zip(found, self.probes, strict=True)]
 
 
 def run_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> Front:
