@@ -176,9 +176,9 @@ class Policy:
     def c_gradients(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
 
-        Runs on merged weights: forward and backward cost those of the base model and two thin products a module.
-        Where memory is short the micro-batches are smaller, and the result is the same up to rounding. Raises
-        OutOfMemory where not even one row fits.
+        Runs on merged weights: forward and backward cost those of the base model and two thin products a module. Rows
+        of one prompt share its forward pass (`prefix`). Where memory is short the micro-batches are smaller, and the
+        result is the same up to rounding. Raises OutOfMemory where not even one row fits.
         """
         n = len(rows.length)
         return fitting(min(self.score_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
