@@ -14,7 +14,7 @@ from vgrout.method.gate import POLICIES, decide, uniform
 from vgrout.method.loss import advantages, live_groups
 from vgrout.method.policy import Policy, pack, stack
 from vgrout.method.prefix import by_prompt
-from vgrout.verify.method_gates import toy_rows
+from vgrout.verify.method_gates import sharing_rows, toy_rows
 from vgrout.verify.toy import TOY, displace, rig, tokenizer, toy_policy
 
 
@@ -119,24 +119,36 @@ def test_rows_of_one_prompt_share_its_forward_pass(policy, size):
     """Whatever the groups and the batches, c-gradients are those of rows that stand apart."""
     prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [10, 11, 12, 13], [8, 9], [5, 6, 7], [10, 11, 12, 13]]
     rows = stack(prompts, [[11, 12], [13], [14, 15, 16, 17], [21], [11, 12], [18, 19, 20], [30, 31]], 0)
-    assert [len(members) for members in by_prompt(rows).values()] == [2, 3, 2]
     for state in ("full", "deployed"):
         shared = policy._c_gradients(rows, state, size)
-        with policy.adapter.merged(state):
-            apart = policy._row_by_row(rows, size)
+        apart = torch.cat([policy.c_gradients(rows.take(torch.tensor([i])), state) for i in range(len(prompts))])
         assert (shared - apart).norm() < 1e-5 * apart.norm() and apart.norm() > 0
 
 
 def test_when_rows_share_a_prompt():
-    assert by_prompt(stack([[1, 2], [1, 2], [3, 4]], [[5], [6], [7]], 0)) is None  # too few
-    assert by_prompt(stack([[1], [1], [3], [3]], [[5], [6], [7], [8]], 0)) is None  # the last token is all there is
-    found = by_prompt(stack([[1, 2, 2], [1, 2], [1, 2], [1, 2, 2]], [[5], [6], [2], [8]], 0))
-    assert found == {(1, 2): [1, 2], (1, 2, 2): [0, 3]}
+    assert by_prompt(stack([[1, 2], [1, 2], [3, 4]], [[5], [6], [7]], 0)) == ([2], [[((1, 2), [0, 1])]])
+    assert by_prompt(stack([[1], [1]], [[5], [6]], 0)) == ([0, 1], [])  # the last token is all there is
+    found = by_prompt(stack([[1, 2, 2], [1, 2], [1, 2], [1, 2, 2]], [[5, 5], [6], [2], [8]], 0))
+    assert found == ([], [[((1, 2), [1, 2]), ((1, 2, 2), [3, 0])]])
+    found = by_prompt(stack([[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]], [[5]] * 5, 0))
+    assert found == ([], [[((1, 2), [0, 2, 4])], [((3, 4), [1, 3])]])
 
 
-def test_bfloat16_scores(policy):
+def test_scored_rows_are_bounded_by_the_batch(policy, monkeypatch):
+    """However many rows share a prompt, and however few: no pass has more rows than asked for."""
+    seen: list[int] = []
+    run = policy.model.model.forward
+    monkeypatch.setattr(policy.model.model, "forward", lambda **how: seen.append(len(how["input_ids"])) or run(**how))
+    rows = stack([[5, 6]] * 9 + [[7, 8], [9, 10], [11, 12]], [[13, 14]] * 12, 0)
+    for size in (1, 2, 4):
+        policy._c_gradients(rows, "full", size)
+        assert max(seen) == size
+
+
+@pytest.mark.parametrize("rows", [toy_rows(6), sharing_rows()], ids=["apart", "shared"])
+def test_bfloat16_scores(policy, rows):
     """Gradients and activations are near those of float32; log-probabilities outside of the score pass are the same."""
-    rows, adapter = toy_rows(6), policy.adapter
+    adapter = policy.adapter
     low = Policy(policy.model, policy.tokenizer, adapter, 1.0, 4, torch.bfloat16)
     for features in ("c_gradients", "activations"):
         near, exact = (getattr(p, features)(rows, "full") for p in (low, policy))

@@ -61,7 +61,7 @@ class Config:
     """Sampling temperature in training; all log-probabilities are of logits / temperature."""
     micro_batch: int = 64
     """Most rollouts in one pass of the update, where those of a group share their prompt. Fewer take less memory."""
-    score_batch: int = 16
+    score_batch: int = 32
     """Most rollouts or pairs in any other pass that scores or differentiates them."""
 
     lr: float = 2e-3

@@ -167,6 +167,10 @@ class Policy:
                 input_ids=packed.tokens, attention_mask=packed.visible, position_ids=packed.position, use_cache=False
             )
             hidden = out.last_hidden_state.flatten(0, 1)[packed.source]
+        return self.head(hidden)
+
+    def head(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
+        """logits / temperature, in float32."""
         return self.model.lm_head(hidden).float() / self.temperature
 
     def logp(self, rows: Rows) -> Float[Tensor, "N L"]:
@@ -177,26 +181,29 @@ class Policy:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
 
         Runs on merged weights: forward and backward cost those of the base model and two thin products a module. Rows
-        of one prompt share its forward pass (`prefix`). Where memory is short the micro-batches are smaller, and the
-        result is the same up to rounding. Raises OutOfMemory where not even one row fits.
+        of one prompt share its forward pass (`prefix`), unless they run one by one. Where memory is short the
+        micro-batches are smaller, and the result is the same up to rounding. Raises OutOfMemory where not even one row
+        fits.
         """
         n = len(rows.length)
         return fitting(min(self.score_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
 
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
-        with self.adapter.merged(state, self.score_dtype):
-            groups = by_prompt(rows) if self.packs else None
-            return self._row_by_row(rows, size) if groups is None else shared_c_gradients(self, rows, groups, size)
-
-    def _row_by_row(self, rows: Rows, size: int) -> Float[Tensor, "N M R"]:
-        """c-gradients with each row behind its own prompt, in micro-batches of `size` rows of similar length."""
         width = max(self.adapter.widths.values())
         out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
-        for index in torch.argsort(rows.length, stable=True).split(size):
-            part = rows.take(index)
-            with self.adapter.probe(len(index)) as probes:
-                grads = torch.autograd.grad(self.nll(part).sum(), list(probes.values()))
-            out[index] = stacked(grads, width)
+        # One row behind its own prompt takes the least memory.
+        alone, classes = by_prompt(rows) if self.packs and size > 1 else (range(len(rows.length)), [])
+        with self.adapter.merged(state, self.score_dtype):
+            for groups in classes:
+                for first in range(0, len(groups), size):
+                    index, grads = shared_c_gradients(self, rows, groups[first : first + size], size)
+                    out[index] = grads
+            alone = torch.tensor(alone, dtype=torch.long)
+            for part in alone[torch.argsort(rows.length[alone], stable=True)].split(size):
+                if len(part):
+                    with self.adapter.probe(len(part)) as probes:
+                        grads = torch.autograd.grad(self.nll(rows.take(part)).sum(), list(probes.values()))
+                    out[part] = stacked(grads, width)
         return out
 
     def activations(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:

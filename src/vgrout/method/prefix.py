@@ -9,7 +9,7 @@ A c-gradient is a sum over the tokens of its row, so the parts add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,21 +22,24 @@ from transformers import DynamicCache
 if TYPE_CHECKING:
     from vgrout.method.policy import Policy, Rows
 
-SHARED = 2  # rows of a prompt, on average, from which on sharing pays
-ROOM = 2  # rows that go back through prompts at once, per row of a whole pass: they keep no activations
-
-Groups = Mapping[tuple[int, ...], Sequence[int]]  # prompt -> its rows
+Group = tuple[Sequence[int], Sequence[int]]  # the tokens of a prompt, and its rows
 
 
-def by_prompt(rows: Rows) -> Groups | None:
-    """The rows of each prompt, the shortest prompt first; None where few share one, or a prompt has no two tokens."""
+def by_prompt(rows: Rows) -> tuple[list[int], list[list[Group]]]:
+    """The rows that are alone with their prompt, or whose prompt has no two tokens; the other prompts with their rows,
+    the shorter ones first, those together that have equally many. Prompts stand from the shortest to the longest."""
     start = (rows.length - rows.completion.sum(1)).tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, tokens in enumerate(rows.tokens.tolist()):
-        groups.setdefault(tuple(tokens[: start[i]]), []).append(i)
-    if SHARED * len(groups) > len(start) or min(start) < 2:
-        return None
-    return dict(sorted(groups.items(), key=lambda group: len(group[0])))
+    for i in torch.argsort(rows.length, stable=True).tolist():
+        groups.setdefault(tuple(rows.tokens[i, : start[i]].tolist()), []).append(i)
+    alone: list[int] = []
+    equal: dict[int, list[Group]] = {}
+    for prompt, members in sorted(groups.items(), key=lambda group: len(group[0])):
+        if len(members) == 1 or len(prompt) < 2:
+            alone += members
+        else:
+            equal.setdefault(len(members), []).append((prompt, members))
+    return alone, list(equal.values())
 
 
 def stacked(grads: Sequence[Tensor], width: int) -> Float[Tensor, "*N M R"]:
@@ -44,31 +47,25 @@ def stacked(grads: Sequence[Tensor], width: int) -> Float[Tensor, "*N M R"]:
     return torch.stack([F.pad(g, (0, width - g.shape[-1])) for g in grads], dim=-2)
 
 
-def shared_c_gradients(policy: Policy, rows: Rows, groups: Groups, size: int) -> Float[Tensor, "N M R"]:
-    """c-gradients of each row's mean completion NLL on the adapter's present merged weights, `size` rows at a time."""
-    width = max(policy.adapter.widths.values())
-    out = torch.zeros(len(rows.length), len(policy.adapter.modules), width)
-    most = max(map(len, groups.values()))
-    prompts, at_once = list(groups), max(1, ROOM * size // most)
-    for first in range(0, len(prompts), at_once):
-        chunk = prompts[first : first + at_once]
-        members = [(p, k, i) for p, prompt in enumerate(chunk) for k, i in enumerate(groups[prompt])]
-        owner, place, index = (torch.tensor(column) for column in zip(*members, strict=True))
-        front = run_prompts(policy, chunk)
-        copied = [torch.zeros(most, *state.shape, dtype=state.dtype) for state in front.states]
-        for some in torch.argsort(rows.length[index] - front.length[owner], stable=True).split(size):
-            own, copies = run_completions(policy, rows, index[some], front, owner[some])
-            out[index[some]] = stacked(own, width)
-            for total, grad in zip(copied, copies, strict=True):
-                total[place[some], owner[some]] = grad
-        some_rows = zip(*(grad.split(max(1, ROOM * size // len(chunk))) for grad in copied), strict=True)
-        back = torch.cat([stacked(front.back(grads), width) for grads in some_rows])
-        out[index] += back[place, owner]
-    return out
+def shared_c_gradients(
+    policy: Policy, rows: Rows, groups: Sequence[Group], size: int
+) -> tuple[Int[Tensor, "P G"], Float[Tensor, "P G M R"]]:
+    """c-gradients of each row's mean completion NLL on the adapter's present merged weights, and where its rows stand.
+
+    `groups` are prompts with equally many rows, at most `size` of them. About `size` rows run at once.
+    """
+    prompts, members = zip(*groups, strict=True)
+    index, width = torch.tensor(members), max(policy.adapter.widths.values())
+    front, out = run_prompts(policy, prompts), []
+    for some in index.split(max(1, size // len(prompts)), dim=1):
+        own, copies = run_completions(policy, rows, some.flatten(), front, some.shape[1])
+        back = front.back([grad.unflatten(0, some.shape).transpose(0, 1) for grad in copies])
+        out.append(stacked(own, width).unflatten(0, some.shape) + stacked(back, width).transpose(0, 1))
+    return index, torch.cat(out, dim=1)
 
 
 @dataclass(frozen=True)
-class Front:
+class PromptPass:
     """Prompts that have run forward, without their last tokens."""
 
     length: Int[Tensor, P]
@@ -77,15 +74,17 @@ class Front:
 
     def back(self, grads: Sequence[Float[Tensor, "K P _ L _"]]) -> list[Float[Tensor, "K P _"]]:
         """K c-gradients of each prompt, from as many gradients of its keys and values."""
+        # Keys and values of a first layer whose projections carry no probe depend on none.
+        states, grads = zip(*((s, g) for s, g in zip(self.states, grads, strict=True) if s.requires_grad), strict=True)
         found = torch.autograd.grad(
-            self.states, self.probes, grads, is_grads_batched=True, retain_graph=True, allow_unused=True
+            states, self.probes, grads, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-        # In the last layer what is behind keys and values reaches no other token: its modules have no gradient.
+        # What stands behind keys and values in the last layer reaches no other token: there c has no gradient.
         count = len(grads[0])
         return [torch.zeros(count, *c.shape) if g is None else g for g, c in zip(found, self.probes, strict=True)]
 
 
-def run_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> Front:
+def run_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> PromptPass:
     length = torch.tensor([len(prompt) - 1 for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -93,15 +92,17 @@ def run_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> Front:
     cache = DynamicCache(config=policy.model.config)
     with policy.adapter.probe(len(prompts)) as probes:
         policy.model.model(input_ids=tokens, past_key_values=cache)
-    return Front(length, [state for layer in cache.layers for state in (layer.keys, layer.values)], [*probes.values()])
+    return PromptPass(
+        length, [state for layer in cache.layers for state in (layer.keys, layer.values)], [*probes.values()]
+    )
 
 
 def run_completions(
-    policy: Policy, rows: Rows, index: Int[Tensor, K], front: Front, owner: Int[Tensor, K]
+    policy: Policy, rows: Rows, index: Int[Tensor, K], front: PromptPass, each: int
 ) -> tuple[Sequence[Float[Tensor, "K _"]], Sequence[Float[Tensor, "K _ L _"]]]:
-    """Gradients of the mean completion NLL of the rows at `index`, whose prompts are `owner`: for each module's c, and
-    for the row's copies of its prompt's keys and values."""
-    seen, count = front.length[owner], rows.completion[index].sum(1)
+    """Gradients of the mean completion NLL of the rows at `index`, `each` of every prompt: for each module's c, and for
+    the row's copies of its prompt's keys and values."""
+    seen, count = front.length.repeat_interleave(each), rows.completion[index].sum(1)
     step = torch.arange(int(count.max()))
     real = step < count[:, None]
     position = seen[:, None] + torch.where(real, step, 0)
@@ -109,7 +110,7 @@ def run_completions(
     prompt = torch.arange(front.states[0].shape[2]) < seen[:, None]
     causal = torch.ones(len(step), len(step), dtype=torch.bool).tril()
     visible = torch.cat((prompt[:, None].expand(-1, len(step), -1), causal.expand(len(index), -1, -1)), dim=2)
-    copies = [state.detach()[owner].requires_grad_() for state in front.states]
+    copies = [state.detach().repeat_interleave(each, dim=0).requires_grad_() for state in front.states]
     cache = DynamicCache(config=policy.model.config)
     for layer, (keys, values) in enumerate(zip(copies[::2], copies[1::2], strict=True)):
         cache.update(keys, values, layer)
@@ -117,8 +118,7 @@ def run_completions(
         hidden = policy.model.model(
             input_ids=tokens, attention_mask=visible[:, None], position_ids=position, past_key_values=cache
         ).last_hidden_state[real]
-        logits = policy.model.lm_head(hidden).float() / policy.temperature
         share = (1 / count)[:, None].expand(real.shape)[real]
-        nll = (share * F.cross_entropy(logits, drawn[real], reduction="none")).sum()
+        nll = (share * F.cross_entropy(policy.head(hidden), drawn[real], reduction="none")).sum()
         grads = torch.autograd.grad(nll, [*probes.values(), *copies])
     return grads[: len(probes)], grads[len(probes) :]

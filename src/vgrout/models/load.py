@@ -13,6 +13,9 @@ from transformers.utils import logging
 from vgrout.models.attention import SHARED_HEADS
 from vgrout.types import UserError
 
+# Settings of models whose logits are not what the head gives, and their values where they are.
+PLAIN_HEAD = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+
 
 def model_path(name: str) -> Path:
     """The folder of a model: `micro` is the organism that the package bundles."""
@@ -45,6 +48,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             raise UserError(f"{path} is no whole model: {len(keys)} {what} weights, the first is {keys[0]}")
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} lacks a pad token, an end token or a chat template")
+    for what, plain in PLAIN_HEAD.items():
+        if (value := getattr(model.config.get_text_config(), what, plain)) not in (plain, None):
+            raise UserError(f"{path} changes its logits ({what} = {value}), which vgrout does not support")
     return model.eval(), tokenizer
 
 

@@ -24,7 +24,7 @@ from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.envs.micro_env import POOL
 from vgrout.lab.measure import auroc
 from vgrout.lab.run import make_policy
-from vgrout.loop import rows_of_pairs
+from vgrout.loop import adapted, rows_of_pairs
 from vgrout.method.direction import Direction, DirectionError, calibrate, haar, v_grad
 from vgrout.method.gate import POLICIES, decide
 from vgrout.method.loss import EPS, advantages, counted_rows, divergence, grpo_loss, k3, live_groups, ratio
@@ -33,7 +33,7 @@ from vgrout.method.prefix import by_prompt
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Decision
 from vgrout.verify.evidence import Evidence, gap
-from vgrout.verify.toy import TOY, VARIANTS, displace, micro, toy_policy
+from vgrout.verify.toy import TOY, VARIANTS, displace, micro, other_models, tokenizer, toy_policy
 
 DRAWS = 1000
 
@@ -47,10 +47,11 @@ def toy_rows(count: int, length: int = 6) -> Rows:
 
 
 def sharing_rows() -> Rows:
-    """Two prompts of different lengths, three rows of one and two of the other, completions of different lengths."""
-    words = toy_rows(5).tokens.tolist()
-    prompts = [words[i][: 6 if i % 2 else 4] for i in (0, 1, 0, 1, 0)]
-    return stack(prompts, [row[-2 - i :] for i, row in enumerate(words)], 0)
+    """Two prompts of different lengths with three rows each, one with two, one with one; completions of different
+    lengths."""
+    words = torch.randint(5, 261, (9, 12), generator=torch.Generator().manual_seed(4)).tolist()
+    prompts = [words[i][: 3 + i] for i in (0, 1, 2, 0, 1, 0, 1, 3, 2)]
+    return stack(prompts, [row[6 : 8 + i % 5] for i, row in enumerate(words)], 0)
 
 
 # The c-probe.
@@ -99,16 +100,20 @@ def scored_factors(module: BlockLinear) -> tuple[Tensor, Tensor]:
 
 
 def probe() -> Evidence:
-    """In every kind and init of the adapter."""
-    found = {name: _probe(toy_policy(replace(TOY, **how))) for name, how in VARIANTS.items()}
+    """In every kind and init of the adapter, and on models that attend in other ways."""
+    warm = replace(TOY, temperature=0.7)
+    policies = {name: toy_policy(replace(warm, **how)) for name, how in VARIANTS.items()}
+    policies |= {name: adapted(warm, model, tokenizer(), ()) for name, model in other_models().items()}
+    found = {name: _probe(policy) for name, policy in policies.items()}
     wrong = "; ".join(f"{name}: {e.text}" for name, e in found.items() if not e.ok)
-    return Evidence(not wrong, wrong or f"{len(found)} kinds and inits; lora2r: {found['lora2r'].text}")
+    return Evidence(not wrong, wrong or f"{len(found)} adapters and models; lora2r: {found['lora2r'].text}")
 
 
 def _probe(policy: Policy) -> Evidence:
-    n, shared = 5, sharing_rows()
-    adapter, off, alone, smallest, values = policy.adapter, 0.0, 0.0, math.inf, by_prompt(shared) is not None
-    for moved, rows in ((False, toy_rows(n)), (True, toy_rows(n)), (True, shared)):
+    shared = sharing_rows()
+    adapter, off, alone, smallest, values = policy.adapter, 0.0, 0.0, math.inf, by_prompt(shared)[0] == [7]
+    for moved, rows in ((False, toy_rows(5)), (True, toy_rows(5)), (True, shared)):
+        n = len(rows.length)
         if moved and rows is not shared:
             displace(adapter)
         for state in ("full", "deployed"):

@@ -9,10 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+)
 
 from vgrout.adapters import ADAPTERS, Adapter
 from vgrout.adapters.inits import INITS
@@ -31,6 +40,7 @@ from vgrout.types import Decision, Graded, OracleBatch, Pair, Prompt, Rollout
 
 SIZES = OrganismConfig(vocab=261, layers=2, hidden=16, ffn=24, heads=2, kv_heads=1, head_dim=8)
 RANK = 3
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @cache
@@ -43,11 +53,27 @@ def random_model(sizes: OrganismConfig = SIZES, words: PreTrainedTokenizerFast |
     """A Qwen3 model with weights large enough that every layer matters."""
     with torch.random.fork_rng():
         model = new_model(sizes, words or tokenizer()).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(10)
+    return enlarged(model)
+
+
+@torch.no_grad()
+def enlarged(model: Model) -> Model:
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.mul_(10)
     return model
+
+
+def other_models() -> dict[str, PreTrainedModel]:
+    """Random models that attend in other ways: over a window of tokens, and with projections that no adapter has."""
+    size = {"hidden_size": SIZES.hidden, "intermediate_size": SIZES.ffn, "num_attention_heads": SIZES.heads}
+    shape = {**size, "vocab_size": SIZES.vocab, "num_hidden_layers": SIZES.layers, "pad_token_id": 0}
+    window = MistralConfig(**shape, num_key_value_heads=SIZES.kv_heads, sliding_window=3)
+    fused = Phi3Config(**shape, num_key_value_heads=SIZES.kv_heads, sliding_window=None, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {"window": MistralForCausalLM(window).eval(), "fused": Phi3ForCausalLM(fused).eval()}
+    return {name: enlarged(model) for name, model in models.items()}
 
 
 def displace(adapter: Adapter, seed: int = 0, scale: float = 0.2) -> None:
