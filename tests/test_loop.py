@@ -152,9 +152,11 @@ def test_collate():
 def test_micro_batches_cover_every_row_once():
     score = torch.arange(7.0)
     decision = decide(score, torch.ones(7, dtype=torch.bool), 2.0, 4.0)
-    parts = micro_batches(decision, torch.tensor([5, 3, 9, 1, 2, 8, 4]), 2)
-    assert sorted(i for p in parts for i in p.tolist()) == list(range(7))
-    assert all(len(p) <= 2 and len({bool(decision.m[i]) for i in p.tolist()}) == 1 for p in parts)
+    batches = micro_batches(decision, torch.tensor([5, 3, 9, 1, 2, 8, 4]), 2)
+    parts = [part.tolist() for batch in batches for part in batch]
+    assert sorted(i for part in parts for i in part) == list(range(7))
+    assert [sum(map(len, batch)) for batch in batches] == [2, 2, 2, 1]
+    assert all(len({(float(decision.m[i]), float(decision.d[i])) for i in part}) == 1 for part in parts)
 
 
 def test_blocks_are_clipped_apart():

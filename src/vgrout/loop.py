@@ -170,52 +170,50 @@ def backward(
     """
     rows = Rows(batch.tokens, batch.completion, batch.length)
     totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
-    for index in micro_batches(decision, batch.length, cfg.micro_batch):
-        part = rows.take(index)
-        width = part.tokens.shape[1]
-        with torch.no_grad(), policy.adapter.reference():
-            log_ref = policy.logits(part).log_softmax(-1)
-        share = None if decision.share is None else decision.share[index]
-        with policy.adapter.routed(decision.m[index], decision.d[index], share):
-            log_p = policy.logits(part).log_softmax(-1)
-            drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
-            logp = part.place(drawn)
-            rho = ratio(cfg.ratio, logp, batch.logp_old[index, :width], batch.teacher[index], cfg.clip_ratio)
-            loss, sums = grpo_loss(
-                logp,
-                rho,
-                part.place(k3(drawn, drawn_ref)),
-                part.completion,
-                advantage[index],
-                decision.weight[index],
-                live[index],
-                e=cfg.clip_ratio,
-                beta=cfg.kl,
-                denominator=cfg.prompts * cfg.group * cfg.max_new,
-            )
-            value = loss.item()
-            if not math.isfinite(value):
-                raise Diverged(f"loss {value} on rows {index.tolist()}")
-            loss.backward()
-        totals["loss"] += value
-        with torch.no_grad():
-            totals["entropy"] -= float((log_p.exp() * log_p).sum())
-            totals["kl"] += float(divergence(log_p, log_ref).sum())
-        for key, value in sums.items():
-            totals[key] = totals.get(key, 0.0) + value
+    for parts in micro_batches(decision, batch.length, cfg.micro_batch):
+        with torch.no_grad(), policy.adapter.reference():  # no mask reaches it: one pass for all parts
+            log_refs = policy.logits(rows.take(torch.cat(parts))).log_softmax(-1)
+        counts = [int(batch.completion[index].sum()) for index in parts]
+        for index, log_ref in zip(parts, log_refs.split(counts), strict=True):
+            part = rows.take(index)
+            width = part.tokens.shape[1]
+            share = None if decision.share is None else decision.share[index]
+            with policy.adapter.routed(decision.m[index], decision.d[index], share):
+                log_p = policy.logits(part).log_softmax(-1)
+                drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
+                logp = part.place(drawn)
+                rho = ratio(cfg.ratio, logp, batch.logp_old[index, :width], batch.teacher[index], cfg.clip_ratio)
+                loss, sums = grpo_loss(
+                    logp,
+                    rho,
+                    part.place(k3(drawn, drawn_ref)),
+                    part.completion,
+                    advantage[index],
+                    decision.weight[index],
+                    live[index],
+                    e=cfg.clip_ratio,
+                    beta=cfg.kl,
+                    denominator=cfg.prompts * cfg.group * cfg.max_new,
+                )
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise Diverged(f"loss {value} on rows {index.tolist()}")
+                loss.backward()
+            totals["loss"] += value
+            with torch.no_grad():
+                totals["entropy"] -= float((log_p.exp() * log_p).sum())
+                totals["kl"] += float(divergence(log_p, log_ref).sum())
+            for key, value in sums.items():
+                totals[key] = totals.get(key, 0.0) + value
     return totals
 
 
-def micro_batches(decision: Decision, length: Tensor, size: int) -> list[Tensor]:
-    """Row indices: rows of one mask together. Long rows are sorted by length, which saves padding; short ones stay by
-    group, so that they share their prompts (`policy.pack`)."""
-    out = []
-    order = torch.where(length > PACK, length, 0)
-    masks = torch.stack((decision.m, decision.d), dim=1)
-    for mask in masks.unique(dim=0):
-        index = (masks == mask).all(1).nonzero()[:, 0]
-        out += [part for part in index[torch.argsort(order[index], stable=True)].split(size) if len(part)]
-    return out
+def micro_batches(decision: Decision, length: Tensor, size: int) -> list[list[Tensor]]:
+    """Row indices of micro-batches of `size` rows, each in parts of one mask. Long rows are sorted by length, which
+    saves padding; short ones stay by group, so that they share their prompts (`policy.pack`)."""
+    _, mask = torch.stack((decision.m, decision.d), dim=1).unique(dim=0, return_inverse=True)
+    order = torch.argsort(torch.where(length > PACK, length, 0), stable=True)
+    return [[rows[mask[rows] == kind] for kind in mask[rows].unique()] for rows in order.split(size)]
 
 
 def clip_blocks(policy: Policy, limit: float) -> dict[str, float]:

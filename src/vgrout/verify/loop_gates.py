@@ -100,7 +100,7 @@ def solo_loss(cfg: Config, policy: Policy, batch: Batch, i: int, advantage: floa
 
 def step() -> Evidence:
     """The gradients of a step of mixed zones, lengths, advantages and micro-batches are the sum of its rows'."""
-    cfg = replace(TOY, teacher_off_step=3, prompts=3, group=6, micro_batch=8, kl=0.3, ratio="sampler")
+    cfg = replace(TOY, teacher_off_step=3, prompts=3, group=6, micro_batch=14, kl=0.3, ratio="sampler")
     policy = toy_policy(cfg)
     displace(policy.adapter)
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
@@ -134,13 +134,14 @@ def step() -> Evidence:
     routed = replace(decision, m=torch.ones(batch.n), d=torch.ones(batch.n))
     backward(cfg, policy, batch, routed, advantage, live)
     leak = max(float(p.grad.abs().max()) if p.grad is not None else 0.0 for p in parameters["deployed"])
-    lengths, parts = len(batch.length.unique()), micro_batches(decision, batch.length, cfg.micro_batch)
+    lengths = len(batch.length.unique())
+    parts = [part for parts in micro_batches(decision, batch.length, cfg.micro_batch) for part in parts]
     rows = Rows(batch.tokens, batch.completion, batch.length)
     shared = sum(len(pack(rows.take(part)).tokens) < len(batch.group[part].unique()) for part in parts)
     ok = off < 1e-3 and leak == 0.0 and min(lengths, shared + 1) > 1 and clipped > 0
     return Evidence(
         ok and set(decision.zones()) == {"keep", "absorb", "route"},
-        f"{batch.n} rows of {lengths} lengths in 3 zones and {len(parts)} micro-batches, {shared} with "
+        f"{batch.n} rows of {lengths} lengths in 3 zones and {len(parts)} parts of micro-batches, {shared} with "
         f"several prompts in one sequence; {clipped:.0f} tokens are clipped: relative difference {off:.1e}; a routed "
         f"batch gives the deployed block at most {leak:g}",
     )

@@ -142,6 +142,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("step", "loop.py", "batch.teacher[index]", "batch.teacher[: len(index)]"),
     Mutation("step", "loop.py", "k3(drawn, drawn_ref)", "k3(drawn_ref, drawn)"),
     Mutation("step", "loop.py", "                live[index],", "                live[index] | True,"),
+    Mutation("step", "loop.py", "rows.take(torch.cat(parts))", "rows.take(torch.cat(parts[::-1]))"),
     Mutation("idle", "loop.py", 'self.cfg.masked_block == "still"', "False", True),
     Mutation("idle", "loop.py", "p.grad is not None and bool(p.grad.any())", "p.grad is not None"),
     Mutation("idle", "loop.py", 'record["leak"] = self._update()', "self._update()"),
