@@ -37,7 +37,7 @@ def test_sets_hold_every_arm_once():
 def test_a_variant_changes_what_it_says(variant):
     base = replace(MICRO, seed=3)
     cfg, plain = asdict(variant.config(base, 3)), asdict(replace(base, arm=variant.arm))
-    changed = {*variant.changes, *variant.times, *(["pairs"] if variant.section else [])}
+    changed = {*variant.changes, *variant.times, *(["pairs"] if variant.section else []), *(["placebo_seed"] if variant.draw else [])}
     assert {k for k in cfg if cfg[k] != plain[k]} == changed != set()
     check(replace(variant.config(base, 3), **JUDGED))
 

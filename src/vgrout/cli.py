@@ -47,6 +47,8 @@ def commands(base: Config) -> dict:
         force: bool = False,
         plan: bool = False,
         config: Path | None = None,
+        decision: Path | None = None,
+        records: Path | None = None,
     ) -> int:
         """The decision experiment: train every arm, evaluate every arm alike, show who hacks and who solves.
 
@@ -61,11 +63,17 @@ def commands(base: Config) -> dict:
             force: Replace an experiment that is in the folder.
             plan: Only print runs, minutes and disk.
             config: Take the settings from this config.json.
+            decision: Preregistered decision, which names preset, arms and seeds (docs/statistics.md).
+            records: Folder for a compact record of each run, written as it ends; runs that have one are not made again.
         """
         from vgrout.lab.decide import decide as work
+        from vgrout.lab.prereg import read as read_decision
 
+        written = None if decision is None else read_decision(decision)
+        named = {"arms": arms, "seeds": seeds} if written is None else {"arms": written.arms, "seeds": written.seeds}
+        kept = {"prereg": written, "records": records}
         with listening():
-            return work(cfg, arms, seeds, out, workers=workers, force=force, plan=plan, console=console)
+            return work(cfg, **named, out=out, workers=workers, force=force, plan=plan, console=console, **kept)
 
     def show(out: tyro.conf.Positional[Path], seeds: tuple[int, ...] = (), markdown: bool = False) -> int:
         """Print the table of a finished experiment again.
@@ -124,6 +132,20 @@ def commands(base: Config) -> dict:
 
         reevaluate(run, split, rollouts, console)
         return 0
+
+    def make_report(
+        runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html"), figures: Path | None = None
+    ) -> int:
+        """One page about runs that opens from disk: verdict, arms, figures, what they were made with.
+
+        Args:
+            runs: Folders of experiments, runs or records.
+            out: File of the page, which is replaced.
+            figures: Also write each figure as SVG and PNG into this folder.
+        """
+        from vgrout.lab.report import report as work
+
+        return work(runs, out, figures, console)
 
     def arms(variants: bool = False) -> int:
         """List the interventions: what tells rollouts apart, what follows from it, which hooks of the loop it takes.
@@ -367,6 +389,18 @@ def commands(base: Config) -> dict:
         show_ceiling(run, console)
         return 0
 
+    def lab_claims(experiment: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """What the runs of a preregistered decision show: each test, and the conclusions that were written down.
+
+        Args:
+            experiment: Folder of `vgrout decide --decision`.
+            out: Also write the tests to this JSON file.
+        """
+        from vgrout.lab.claims import show_claims
+
+        show_claims(experiment, out, console)
+        return 0
+
     def lab_gates(runs: tyro.conf.Positional[tuple[Path, ...]], draws: int = 200, out: Path | None = None) -> int:
         """What the gates of finished runs flagged: precision, recall, AUROC, before and after saturation; with a trace,
         what other gate policies would have flagged.
@@ -434,7 +468,9 @@ def commands(base: Config) -> dict:
         "direction export": direction_export,
         "direction check": direction_check,
         "lab ceiling": lab_ceiling,
+        "report": make_report,
         "lab choose": lab_choose,
+        "lab claims": lab_claims,
         "lab frontier": lab_frontier,
         "lab gates": lab_gates,
     }
@@ -448,6 +484,13 @@ def _base(args: list[str]) -> Config:
     file, name = _given(args, "--config"), _given(args, "--preset")
     if file is not None and name is not None:
         raise UserError("--config and --preset exclude each other: a configuration holds every setting")
+    if args[:1] == ["decide"] and (decision := _given(args, "--decision")) is not None:
+        for flag in ("--arms", "--seeds", "--preset", "--config"):
+            if _given(args, flag) is not None:
+                raise UserError(f"--decision names preset, arms and seeds: drop {flag}")
+        from vgrout.lab.prereg import read as read_decision
+
+        return preset(read_decision(Path(decision)).preset)
     return preset(name or "micro") if file is None else Config.read(Path(file))
 
 

@@ -285,10 +285,17 @@ class Config:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from None
+        return Config.parse(values, path)
+
+    @staticmethod
+    def parse(values: Any, path: Path, *, grown: bool = False) -> Config:
+        """The configuration that `path` holds as `values`. `grown`: fields that it lacks have their defaults, since
+        they did not exist when it was written."""
         if not isinstance(values, dict):
             raise UserError(f"{path} is no configuration: not a JSON object")
-        names = [f.name for f in fields(Config)]
-        for what, wrong in (("unknown", values.keys() - set(names)), ("missing", set(names) - values.keys())):
+        names = {f.name for f in fields(Config)}
+        missing = set() if grown else names - values.keys()
+        for what, wrong in (("unknown", values.keys() - names), ("missing", missing)):
             if wrong:
                 raise UserError(f"{path}: {what} fields {', '.join(sorted(wrong))}")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -303,17 +310,17 @@ def _check_types(values: Mapping[str, Any]) -> None:
     """Raises UserError for a value that is none of its field's type."""
     hints = get_type_hints(Config)
     for name, value in values.items():
-        if wrong := _mistyped(value, hints[name]):
+        if wrong := mistyped(value, hints[name]):
             raise UserError(f"{name} = {value!r}: {wrong}")
 
 
-def _mistyped(value: Any, hint: Any) -> str:
+def mistyped(value: Any, hint: Any) -> str:
     """What to give instead, where `value` does not fit a type hint; empty where it does. A bool is no number here."""
     options = get_args(hint)
     if get_origin(hint) is Literal:
         return "" if value in options else f"choose one of {', '.join(options)}"
     if NoneType in options:
-        return "" if value is None else _mistyped(value, options[0])
+        return "" if value is None else mistyped(value, options[0])
     if get_origin(hint) is tuple:
         return "" if isinstance(value, tuple) and all(type(v) is str for v in value) else "give a list of texts"
     if hint is float:

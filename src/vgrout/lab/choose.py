@@ -52,8 +52,8 @@ def configurations(runs: Sequence[Path]) -> dict[Path, Config]:
         raise UserError("name the folders of finished runs")
     found: dict[Path, Config] = {}
     for run in runs:
-        if not finished(run):
-            raise UserError(f"{run} is no finished run")
+        if not finished(run, weights=True):
+            raise UserError(f"{run} is no finished run with its weights")
         found[run] = Config.read(run / "config.json")
         if found[run].env != MICRO:
             raise UserError(f"{run} is of {found[run].env}, which has no oracle")

@@ -8,7 +8,6 @@ timing.json.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 import os
@@ -31,17 +30,19 @@ from rich.table import Table
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
+from vgrout.lab.archive import database, pack, read_record, unpack
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
 from vgrout.lab.given import LEADER, absent, access, requests
 from vgrout.lab.grid import SETS, named
-from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl
+from vgrout.lab.prereg import Decision as Preregistered
+from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl, weights_sha256
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import UserError
 
-PLAN = "plan.json"
+PLAN, DECISION, BASE_FILE = "plan.json", "decision.toml", "base.json"
 BASE = "base model"
 ORDERS = 500  # orders of the runs that are compared
 ROLLOUT_S, SCORE_S = 0.021, 0.013  # per rollout, one thread of the machine of docs/performance.md
@@ -204,10 +205,15 @@ def in_order(jobs: Sequence[Job], workers: int) -> list[Job]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], out: Path, workers: int, console: Console, idle: Callable[[], object] = lambda: None
+    jobs: Sequence[Job],
+    out: Path,
+    workers: int,
+    console: Console,
+    idle: Callable[[], object] = lambda: None,
+    done: Callable[[str], object] = lambda name: None,
 ) -> dict[str, int]:
     """Run all jobs that are not finished, `workers` at a time, with live progress. Exit code of each by name. `idle` is
-    called once, when a worker has nothing left to do.
+    called once, when a worker has nothing left to do; `done` with the name of each run that finished.
 
     A signal goes on to the runs, which keep their state; then Interrupted is raised again.
     """
@@ -245,8 +251,8 @@ def run_jobs(
                     idle()
                 time.sleep(1.0)
                 for name, (job, process, start, log) in list(live.items()):
-                    done, note = _note(job, out, *start)
-                    bars.update(tasks[name], completed=done, note=note)
+                    steps, note = _note(job, out, *start)
+                    bars.update(tasks[name], completed=steps, note=note)
                     if process.poll() is None:
                         continue
                     codes[name] = process.returncode
@@ -254,6 +260,8 @@ def run_jobs(
                     note = "done" if not codes[name] else f"failed with exit code {codes[name]}, see {name}.log"
                     bars.update(tasks[name], note=note)
                     del live[name]
+                    if not codes[name]:
+                        done(name)
         except BaseException as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGTERM
             for _, process, _, _ in live.values():
@@ -287,7 +295,6 @@ def summarise(job: Job, folder: Path) -> dict:
     steps = read_jsonl(folder / "steps.jsonl")
     arm = ARMS[job.arm]
     late = steps[-max(1, len(steps) // 5) :]
-    weights = hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
     return {
         "arm": job.arm,
         "label": job.label or job.arm,
@@ -302,7 +309,7 @@ def summarise(job: Job, folder: Path) -> dict:
         "train_hack_late": _mean(s.get("m_hack") for s in late),
         "train_solve_late": _mean(s.get("m_solve") for s in late),
         "cost": {what: sum(s.get(what) or 0 for s in steps) for what in COSTS},
-        "weights_sha256": weights,
+        "weights_sha256": weights_sha256(folder),
     }
 
 
@@ -358,7 +365,7 @@ def _rates(cells: dict) -> list[str]:
     return [*both, _percent(cells["hintfree_deploy"]["solve"])]
 
 
-def _passes(cost: Mapping[str, int]) -> str:
+def passes(cost: Mapping[str, int]) -> str:
     """Rows that ran through the model beyond vanilla GRPO, in thousands: forward, and backward where it differs."""
     forward, backward = (cost[f"extra_{way}"] for way in ("forward", "backward"))
     if not forward and not backward:
@@ -396,7 +403,7 @@ def result_rows(result: dict, timing: Mapping[str, Any]) -> tuple[list[list[str]
                 "-" if run["auroc"] is None else f"{run['auroc']:.2f}",
                 f"{run['qmass']:.2f}",
                 f"{seconds[name]:.0f}" if name in seconds else "-",
-                _passes(run["cost"]),
+                passes(run["cost"]),
                 *[_requests(requests.get(name))] * judged,
             ]
         )
@@ -408,6 +415,10 @@ def result_rows(result: dict, timing: Mapping[str, Any]) -> tuple[list[list[str]
         notes.append("Extra passes: rollouts and pairs through the model, forward and backward, beyond vanilla GRPO.")
     if len({run["seed"] for run in result["runs"]}) == 1:
         notes.append("One seed: intervals are within-run sampling only and say nothing about other seeds.")
+    if "decision_sha256" in result:
+        notes.append(f"Preregistered, SHA-256 {result['decision_sha256'][:12]}; `vgrout lab claims` has its tests.")
+    if changes := result.get("deviations"):
+        notes.append(f"Deviates from what was written down: {'; '.join(changes)}.")
     if drifted := result.get("drifted"):
         notes.append(f"Made with other code or data: {', '.join(drifted)}.")
     notes += [f"Not run: {arm} ({why})." for arm, why in result.get("not_run", {}).items()]
@@ -464,12 +475,15 @@ def decide(
     force: bool,
     plan: bool,
     console: Console,
+    prereg: Preregistered | None = None,
+    records: Path | None = None,
 ) -> int:
     """Run the experiment, or what is left of it. Returns 0 when every run and the base model's evaluation finished, 1
     otherwise.
 
-    Raises UserError where `out` is in use or holds another experiment, and Interrupted where somebody listens to
-    signals.
+    The hash of a preregistered decision is stored before the first run. Each run's record goes to `records` as it
+    ends, and a run whose record is there is not made again. Raises UserError where `out` is in use or holds another
+    experiment, and Interrupted where somebody listens to signals.
     """
     if workers < 1:
         raise UserError(f"workers = {workers}: give a positive whole number")
@@ -484,6 +498,12 @@ def decide(
     with workshop(base) as shop:  # what does not load is said before anything is written
         provenance = shop.provenance
     whole = experiment(base, arms, seeds, provenance)
+    if prereg:
+        whole |= {"decision_sha256": prereg.sha256, "deviations": prereg.deviations(base)}
+        for change in whole["deviations"]:
+            console.print(f"deviates from the decision: {change}", style="yellow", markup=False, soft_wrap=True)
+    if records:
+        database().close()  # what is missing is said before anything runs
     if not goes_on:
         claim_folder(out, force=force)
     with one_writer(out):
@@ -491,11 +511,15 @@ def decide(
             check_same(out, whole)
         else:
             replace_file(out / PLAN, json.dumps(whole, indent=2) + "\n")
+            if prereg:
+                replace_file(out / DECISION, prereg.text)
+        if records:
+            take_records(jobs, out, records, whole, prereg)
         console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
         if left := [job for job in jobs if not finished(out / job.name)]:
             print_wide(plan_table(left, workers, unable), console)
         try:
-            return _decide(base, jobs, unable, out, workers, provenance, console)
+            return _decide(base, jobs, unable, out, workers, provenance, console, records)
         except Interrupted as stop:
             done = sum(finished(out / job.name) for job in jobs)
             said = f"{stop}: {done} of {len(jobs)} runs are finished; the same command goes on"
@@ -508,7 +532,7 @@ def experiment(base: Config, arms: Sequence[str], seeds: Sequence[int], provenan
     return {"arms": list(arms), "seeds": list(seeds), **settings, **provenance}
 
 
-def check_same(out: Path, here: Mapping[str, Any]) -> None:
+def check_same(out: Path, here: Mapping[str, Any], instead: str = "another --out, or --force to replace it") -> None:
     """Raises UserError where `out` holds another experiment than `here`."""
     try:
         there = json.loads((out / PLAN).read_text())
@@ -517,7 +541,37 @@ def check_same(out: Path, here: Mapping[str, Any]) -> None:
         raise UserError(f"cannot read {out / PLAN}: {error}") from None
     if changed:
         other = f"{out} is in use by another experiment, with other {', '.join(changed)}"
-        raise UserError(f"{other}: give another --out, or --force to replace it")
+        raise UserError(f"{other}: give {instead}")
+
+
+def take_records(
+    jobs: Sequence[Job], out: Path, records: Path, whole: Mapping[str, Any], prereg: Preregistered | None
+) -> None:
+    """Unpack the records of runs that `out` does not have, and keep those of runs that it has. Raises UserError where
+    `records` holds those of another experiment, or one is damaged."""
+    try:
+        if (records / PLAN).is_file():
+            check_same(records, whole, "another --records")
+        else:
+            records.mkdir(parents=True, exist_ok=True)
+            replace_file(records / PLAN, json.dumps(whole, indent=2) + "\n")
+            if prereg:
+                replace_file(records / DECISION, prereg.text)
+        if (records / BASE_FILE).is_file() and not (out / BASE_FILE).is_file():
+            replace_file(out / BASE_FILE, (records / BASE_FILE).read_text())
+    except OSError as error:
+        raise UserError(f"cannot use {records}: {error.strerror}") from None
+    for job in jobs:
+        run, record = out / job.name, records / job.name
+        if finished(run) and not record.exists():
+            pack(run, record)
+        elif record.exists() and not finished(run):
+            told = read_record(record)["config"]
+            if other := differences(told, {**asdict(job.cfg), "yoke": told.get("yoke")}):
+                raise UserError(
+                    f"{record} is of a run with other {', '.join(other)}: remove it, or give other --records"
+                )
+            unpack(record, run)
 
 
 def _decide(
@@ -528,11 +582,15 @@ def _decide(
     workers: int,
     provenance: Mapping[str, Any],
     console: Console,
+    records: Path | None,
 ) -> int:
     begun = time.monotonic()
-    codes = run_jobs(jobs, out, workers, console, idle=lambda: base_evaluation(base, out, console))
-    base_cells = base_evaluation(base, out, console)  # read again, or made where no worker was idle
+    record = (lambda name: pack(out / name, records / name)) if records else (lambda name: None)
+    codes = run_jobs(jobs, out, workers, console, lambda: base_evaluation(base, out, console, records), record)
+    base_cells = base_evaluation(base, out, console, records)  # read again, or made where no worker was idle
     result = decision(jobs, out, base, base_cells, provenance) | ({"not_run": dict(unable)} if unable else {})
+    planned = json.loads((out / PLAN).read_text())
+    result |= {key: planned[key] for key in ("decision_sha256", "deviations") if key in planned}
     (out / "decision.json").write_text(json.dumps(result, indent=1) + "\n")
     files = {job.name: out / job.name / "timing.json" for job in jobs if finished(out / job.name)}
     seconds = {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
@@ -553,10 +611,10 @@ def _decide(
     return 1 if any(codes.values()) else 0
 
 
-def base_evaluation(base: Config, out: Path, console: Console) -> dict | None:
+def base_evaluation(base: Config, out: Path, console: Console, records: Path | None) -> dict | None:
     """The untrained model in every cell of the final evaluation, once; None, and a log, where that fails."""
-    if (out / "base.json").is_file():
-        return json.loads((out / "base.json").read_text())
+    if (out / BASE_FILE).is_file():
+        return json.loads((out / BASE_FILE).read_text())
     try:
         console.print(f"evaluating the {BASE}")
         with workshop(base) as shop:
@@ -564,5 +622,6 @@ def base_evaluation(base: Config, out: Path, console: Console) -> dict | None:
     except Exception:  # noqa: BLE001 - whatever it is, the runs have finished and their table comes first
         (out / "base.log").write_text(traceback.format_exc())
         return None
-    replace_file(out / "base.json", json.dumps({"cells": cells}, indent=2) + "\n")
+    for folder in filter(None, (out, records)):
+        replace_file(folder / BASE_FILE, json.dumps({"cells": cells}, indent=2) + "\n")
     return {"cells": cells}

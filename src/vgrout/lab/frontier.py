@@ -46,8 +46,8 @@ def shrunk(
 def frontier(run: Path, scales: Sequence[float], rollouts: int | None, console: Console) -> dict:
     """Hack and solve of what ships, on held-out problems and markers, at every point. Raises UserError where `run` is
     no finished run with an oracle, or a scale is no share."""
-    if not finished(run):
-        raise UserError(f"{run} is no finished run")
+    if not finished(run, weights=True):
+        raise UserError(f"{run} is no finished run with its weights")
     if not scales or not all(0 <= scale <= 1 for scale in scales):
         raise UserError("scales are numbers from 0 to 1")
     cfg = Config.read(run / "config.json")

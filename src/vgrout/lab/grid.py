@@ -17,6 +17,8 @@ from vgrout.arms import ARMS, hooks
 from vgrout.config import Config
 from vgrout.types import UserError
 
+DRAWS = 1000  # between the seeds of one run's random directions
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -27,12 +29,14 @@ class Variant:
     what: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
+    draw: int = 0  # a random direction of its own where it is not 0
     section: str = ""  # of the experiment's file of pairs, tags included; its own selection when not given
 
     def config(self, base: Config, seed: int) -> Config:
         scaled = {name: type(getattr(base, name))(getattr(base, name) * by) for name, by in self.times.items()}
         pairs = f"{base.pairs.partition('#')[0]}#{self.section}" if self.section else base.pairs
-        return replace(base, **{"arm": self.arm, "seed": seed, "pairs": pairs, **self.changes, **scaled})
+        drawn = {"placebo_seed": seed + DRAWS * self.draw} if self.draw else {}
+        return replace(base, **{"arm": self.arm, "seed": seed, "pairs": pairs, **self.changes, **scaled, **drawn})
 
 
 UNSEEN = "all-in-one@mode:eq_override,mode:exit_code"  # pairs of mechanisms that are never live
@@ -45,6 +49,7 @@ def _routeV(label: str, what: str, section: str = "", **changes: Any) -> Variant
 GRID: tuple[Variant, ...] = (
     # Controls.
     Variant("none_wide", "none", "rank-matched vanilla: one block of twice the rank", times={"rank": 2}),
+    Variant("placebo_matched_2", "placebo_matched", "along a second random direction", draw=1),
     # Ceilings with worse labels.
     *(
         Variant(f"oracle_{action}_{name}", f"oracle_{action}", what, changes)
@@ -149,5 +154,6 @@ def arms_table(variants: bool) -> list[Table]:
     for v in GRID:
         settings = [f"pairs #{v.section}"] if v.section else []
         settings += [f"{k} {_told(w)}" for k, w in v.changes.items()] + [f"{k} x {w:g}" for k, w in v.times.items()]
+        settings += [f"placebo_seed + {DRAWS * v.draw}"] if v.draw else []
         rows.append((v.label, v.arm, "\n".join(settings), v.what))
     return [first, _table(("variant", "arm", "settings", "what differs"), rows)]

@@ -16,6 +16,8 @@ gate.safetensors     the gate of an arm that scores along a direction, see lab/g
 trace/               what the gate scored in every `trace_every`-th step, see lab/trace.py
 skipped/             the batches of steps that moved nothing because a loss or gradient was not finite
 timing.json          seconds so far
+restored.json        in place of the weights where the folder was unpacked from a record, see lab/archive.py: their
+                     hash
 judge_requests.json  requests to a judge, retries, failures by kind, tokens and seconds of waiting so far
 .vgrout              says that vgrout made the folder: only such a one is ever replaced. Whoever writes locks it
 """
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -59,6 +62,7 @@ from vgrout.types import Decision, Graded, Rollout, RunFailed, UserError
 MARK = ".vgrout"  # a folder that holds it was made by `claim_folder`
 MADE = "vgrout made this folder; --force replaces it\n"
 LOGS = ("steps", "rollouts", "verdicts", "evals")
+RESTORED = "restored.json"
 FAILURES = 3  # checkpoints in a row that may fail
 
 
@@ -141,9 +145,18 @@ def one_writer(out: Path) -> Iterator[None]:
         yield
 
 
-def finished(out: Path) -> bool:
-    """Whether a run left all its results: eval.json is the last that it writes."""
-    return (out / "eval.json").is_file() and (out / "adapter.safetensors").is_file()
+def finished(out: Path, *, weights: bool = False) -> bool:
+    """Whether a run left all its results: eval.json is the last that it writes. One that was unpacked from a record
+    has no weights; where those are needed it is none."""
+    left = ("adapter.safetensors",) if weights else ("adapter.safetensors", RESTORED)
+    return (out / "eval.json").is_file() and any((out / name).is_file() for name in left)
+
+
+def weights_sha256(out: Path) -> str:
+    """The hash of a finished run's weights, which a record keeps in their place."""
+    if (out / RESTORED).is_file():
+        return json.loads((out / RESTORED).read_text())["weights_sha256"]
+    return hashlib.sha256((out / "adapter.safetensors").read_bytes()).hexdigest()
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,0 +1,143 @@
+"""Runs to read, wherever they are: folders of runs, records of runs, and folders that hold some of either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vgrout.arms import ARMS
+from vgrout.config import Config
+from vgrout.lab.archive import RUN, is_record, read_record, read_rollouts, read_steps, with_verdicts
+from vgrout.lab.given import access
+from vgrout.lab.record import finished, read_jsonl, weights_sha256
+from vgrout.types import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, finished or not. `cells` is its final evaluation, None before there is one; `evals` are the small ones
+    on the way; `steps` its steps so far."""
+
+    folder: Path
+    label: str
+    cfg: Config
+    provenance: dict[str, Any]
+    steps: list[dict]
+    evals: list[dict]
+    cells: dict[str, Any] | None
+    seconds: dict[str, float]
+    weights_sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-s{self.cfg.seed}"
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.seed
+
+    @property
+    def access(self) -> str:
+        return access(self.cfg)
+
+    @property
+    def reads_oracle(self) -> bool:
+        return ARMS[self.cfg.arm].reads_oracle
+
+    @property
+    def oracle(self) -> bool:
+        """Whether its rollouts have verdicts."""
+        return self.cells is not None and all("hack" in cell for cell in self.cells.values())
+
+    def rollouts(self) -> list[dict]:
+        """Every rollout, its verdict's fields behind `verdict_`."""
+        return read_rollouts(self.folder) if is_record(self.folder) else with_verdicts(self.folder)
+
+    def evaluated(self, cell: str) -> tuple[dict, ...]:
+        """The rollouts of a cell of the final evaluation, in order."""
+        return _evaluated(self.folder, f"eval:{cell}")
+
+
+@cache
+def _evaluated(folder: Path, phase: str) -> tuple[dict, ...]:
+    rows = read_rollouts(folder, phase) if is_record(folder) else with_verdicts(folder)
+    return tuple(row for row in rows if row["phase"] == phase)
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError where `folder` is neither a run nor a record, or is damaged."""
+    try:
+        return _record(folder) if (folder / RUN).is_file() else _run(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _label(folder: Path, cfg: Config) -> str:
+    """What the run is called: its folder's name where that names the seed, or its arm."""
+    ending = f"-s{cfg.seed}"
+    return folder.name.removesuffix(ending) if folder.name.endswith(ending) else cfg.arm
+
+
+def _run(folder: Path) -> Run:
+    cfg = Config.read(folder / "config.json")
+    done = finished(folder)
+    seconds = folder / "timing.json"
+    return Run(
+        folder=folder,
+        label=_label(folder, cfg),
+        cfg=cfg,
+        provenance=json.loads((folder / "provenance.json").read_text()),
+        steps=read_jsonl(folder / "steps.jsonl"),
+        evals=read_jsonl(folder / "evals.jsonl"),
+        cells=json.loads((folder / "eval.json").read_text())["cells"] if done else None,
+        seconds=json.loads(seconds.read_text()) if seconds.is_file() else {},
+        weights_sha256=weights_sha256(folder) if done else None,
+    )
+
+
+def _record(folder: Path) -> Run:
+    said = read_record(folder)
+    cfg = Config.parse(said["config"], folder / RUN, grown=True)
+    return Run(
+        folder=folder,
+        label=_label(folder, cfg),
+        cfg=cfg,
+        provenance=said["provenance"],
+        steps=read_steps(folder),
+        evals=said["evals"],
+        cells=said["eval"]["cells"],
+        seconds=said["timing"],
+        weights_sha256=said["weights_sha256"],
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / RUN).is_file()
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    if _is_run(path):
+        yield path
+    elif path.is_dir():
+        yield from (child for child in sorted(path.iterdir()) if child.is_dir() and _is_run(child))
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
+    """The runs at or in `paths`, by label and seed, and why others could not be read. Raises UserError where there is
+    none at all, or two runs have one name."""
+    runs, unread = [], {}
+    for folder in dict.fromkeys(child for path in paths for child in _inside(path)):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            unread[folder] = str(error)
+    if not runs:
+        raise UserError(next(iter(unread.values()), f"no run in {', '.join(map(str, paths)) or 'nothing'}"))
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"more than one run is called {', '.join(twice)}: give each once")
+    return sorted(runs, key=lambda run: (run.label, run.seed)), unread

@@ -1,0 +1,150 @@
+"""Records of runs: packed, unpacked, damaged, read; and the page about them."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vgrout.config import preset
+from vgrout.lab.archive import RUN, STEPS, column_types, is_record, pack, read_record, unpack
+from vgrout.lab.claims import hits
+from vgrout.lab.record import finished, read_jsonl, weights_sha256
+from vgrout.lab.report import page, report
+from vgrout.lab.run import run as train_run
+from vgrout.lab.runs import find
+from vgrout.types import UserError
+
+pytest.importorskip("duckdb")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small run of routeV, and its record."""
+    root = tmp_path_factory.mktemp("archive")
+    train_run(replace(preset("smoke"), arm="routeV", steps=4), root / "run")
+    pack(root / "run", root / "record")
+    return root
+
+
+def without_empty(rows):
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def test_a_record_unpacks_to_the_logs_of_its_run(made, tmp_path):
+    run, back = made / "run", tmp_path / "back"
+    unpack(made / "record", back)
+    for log in ("steps", "rollouts", "verdicts", "evals"):
+        there, here = (read_jsonl(folder / f"{log}.jsonl") for folder in (run, back))
+        assert there and without_empty(here) == without_empty(there), log
+    assert {tuple(row) for row in read_jsonl(back / "rollouts.jsonl")} == {
+        tuple(row) for row in read_jsonl(run / "rollouts.jsonl")
+    }
+    for name in ("config", "provenance", "eval", "timing"):
+        there, here = (json.loads((folder / f"{name}.json").read_text()) for folder in (run, back))
+        assert here == there
+    assert finished(back) and not finished(back, weights=True) and finished(run, weights=True)
+    assert weights_sha256(back) == weights_sha256(run)
+    pack(back, tmp_path / "again")
+    again = read_record(tmp_path / "again")
+    assert again["eval"] == read_record(made / "record")["eval"] and again["weights_sha256"] == weights_sha256(run)
+
+
+def test_a_record_is_small(made):
+    logs = sum((made / "run" / f"{log}.jsonl").stat().st_size for log in ("steps", "rollouts", "verdicts"))
+    tables = sum(path.stat().st_size for path in (made / "record").glob("*.parquet"))
+    assert tables < logs / 4
+
+
+@pytest.mark.parametrize("name", [RUN, STEPS])
+def test_a_damaged_record_is_refused(made, tmp_path, name):
+    bad = tmp_path / "bad"
+    shutil.copytree(made / "record", bad)
+    (bad / name).write_bytes((bad / name).read_bytes()[:-9] + b"something")
+    with pytest.raises(UserError, match="damaged|no whole record"):
+        unpack(bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_in_the_way_stays(made, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="in use"):
+        pack(made / "run", tmp_path)
+    with pytest.raises(UserError, match="in use"):
+        unpack(made / "record", tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        pack(tmp_path, tmp_path / "record")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not is_record(tmp_path / "record")
+
+
+def test_column_types():
+    rows = [{"a": 1, "b": None, "c": True, "d": ["x"]}, {"a": 2.5, "b": None, "c": False, "e": "2026-01-01", "f": {}}]
+    want = {"a": "DOUBLE", "b": "BOOLEAN", "c": "BOOLEAN", "d": "VARCHAR[]", "e": "VARCHAR", "f": "JSON"}
+    assert column_types(rows) == want
+
+
+# What is read back: runs, wherever they are, and a page about them.
+
+
+def test_runs_are_found_wherever_they_are(made):
+    runs, unread = find([made / "run"])
+    kept, _ = find([made / "record"])
+    assert not unread and [r.label for r in runs] == [r.label for r in kept] == ["routeV"]
+    (run,), (record,) = runs, kept
+    assert record.cfg == run.cfg and record.cells == run.cells and record.evals == run.evals
+    assert without_empty(record.steps) == without_empty(run.steps)
+    assert record.weights_sha256 == run.weights_sha256 and run.oracle
+    assert without_empty(record.rollouts()) == without_empty(run.rollouts())
+    rows = run.evaluated("heldout_deploy")
+    assert len(rows) == preset("smoke").eval_rollouts and all(row["verdict_compiled"] in (True, False) for row in rows)
+    assert np.nanmean(hits(record, "solve", "heldout_deploy")) == run.cells["heldout_deploy"]["solve"]["mean"]
+
+
+def test_what_cannot_be_read_is_named(made, tmp_path):
+    shutil.copytree(made / "record", tmp_path / "routeV-s0")
+    shutil.copytree(made / "run", tmp_path / "bad-s0")
+    (tmp_path / "bad-s0" / "config.json").write_text("{")
+    runs, unread = find([tmp_path])
+    assert [run.name for run in runs] == ["routeV-s0"] and "is not JSON" in unread[tmp_path / "bad-s0"]
+    with pytest.raises(UserError, match="more than one run is called routeV-s0"):
+        find([made / "record", tmp_path])
+    with pytest.raises(UserError, match="no run in"):
+        find([tmp_path / "routeV-s0" / "nowhere"])
+    with pytest.raises(UserError, match="is not JSON"):
+        find([tmp_path / "bad-s0"])
+
+
+def test_a_page_about_one_run(made, tmp_path):
+    console = Console(file=io.StringIO())
+    for source in ("run", "record"):
+        assert report([made / source], tmp_path / f"{source}.html", tmp_path / "figures", console) == 0
+    page = (tmp_path / "run.html").read_text()
+    assert page == (tmp_path / "record.html").read_text()
+    assert "everything below is exploratory" in page and 'id="plane"' in page and page.count("<svg") == 3
+    assert "src=" not in page and "@import" not in page and "url(" not in page  # nothing from elsewhere
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("plane", "training", "modes") for kind in ("svg", "png")
+    }
+
+
+def test_a_page_about_half_a_run(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "routeV-s0")
+    (tmp_path / "routeV-s0" / "eval.json").unlink()
+    shutil.copytree(made / "record", tmp_path / "none-s0")
+    (tmp_path / "none-s0" / STEPS).write_bytes(b"junk")
+    console = Console(file=io.StringIO(), width=200)
+    assert report([tmp_path], tmp_path / "page.html", None, console) == 1
+    page = (tmp_path / "page.html").read_text()
+    assert "1 not finished" in page and "0 of 1" in page and 'id="training"' in page and 'id="plane"' not in page
+    assert "Could not be read" in page and "damaged" in console.file.getvalue()
+
+
+def test_text_of_runs_is_escaped(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "routeV-s0")
+    file = tmp_path / "routeV-s0" / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sandbox": "<script>alert(1)</script>"}))
+    html, _, _ = page([tmp_path])
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html
