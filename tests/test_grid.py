@@ -37,9 +37,11 @@ def test_sets_hold_every_arm_once():
 def test_a_variant_changes_what_it_says(variant):
     base = replace(MICRO, seed=3)
     cfg, plain = asdict(variant.config(base, 3)), asdict(replace(base, arm=variant.arm))
-    changed = {*variant.changes, *variant.times, *(["pairs"] if variant.section else []), *(["placebo_seed"] if variant.draw else [])}
+    changed = {*variant.changes, *variant.times}
+    changed |= {name for name, is_set in (("pairs", variant.section), ("placebo_seed", variant.draw)) if is_set}
     assert {k for k in cfg if cfg[k] != plain[k]} == changed != set()
-    check(replace(variant.config(base, 3), **JUDGED))
+    followed = {"yoke": "runs/routeV-s3"} if "yoke" in ARMS[variant.arm].needs else {}
+    check(replace(variant.config(base, 3), **JUDGED, **followed))
 
 
 def test_the_wide_twin_has_the_rank_of_both_blocks():
