@@ -1,21 +1,40 @@
 """Records of runs: packed, unpacked, damaged, read; and the page about them."""
 
+import base64
+import gzip
 import io
 import json
 import shutil
+import threading
 from dataclasses import replace
+from hashlib import sha256
+from http.client import HTTPConnection
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from vgrout.config import preset
-from vgrout.lab.archive import RUN, STEPS, column_types, is_record, pack, read_record, unpack
+from vgrout.lab import explorer, fields
+from vgrout.lab.archive import (
+    RUN,
+    STEPS,
+    column_types,
+    database,
+    is_record,
+    pack,
+    quoted,
+    read_record,
+    unpack,
+)
 from vgrout.lab.claims import hits
 from vgrout.lab.record import finished, read_jsonl, weights_sha256
 from vgrout.lab.report import page, report
 from vgrout.lab.run import run as train_run
 from vgrout.lab.runs import find
+from vgrout.lab.tabular import ask, publish
+from vgrout.lab.view import bind
 from vgrout.types import UserError
 
 pytest.importorskip("duckdb")
@@ -148,3 +167,84 @@ def test_text_of_runs_is_escaped(made, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sandbox": "<script>alert(1)</script>"}))
     html, _, _ = page([tmp_path])
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+
+
+# Many runs as tables, a data set, and a page on a port.
+
+
+def test_sql(made, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    query = "SELECT label, round(avg(heldout_deploy_solve), 4) AS solve FROM runs GROUP BY 1"
+    assert ask([made / "run"], query, None, console) == 0 and "routeV" in console.file.getvalue()
+    answers = {}
+    for source in ("run", "record"):
+        out = tmp_path / f"{source}.json"
+        query = "SELECT phase, count(*) AS n, sum(verdict_solved::int) AS solved FROM rollouts GROUP BY 1 ORDER BY 1"
+        ask([made / source], query + ";", out, console)
+        answers[source] = json.loads(out.read_text())
+    rows = find([made / "run"])[0][0].rollouts()
+    want = {phase: sum(row["phase"] == phase for row in rows) for phase in {row["phase"] for row in rows}}
+    assert {row["phase"]: row["n"] for row in answers["run"]} == want and answers["run"] == answers["record"]
+    with pytest.raises(UserError, match="nope"):
+        ask([made / "run"], "SELECT nope FROM steps", None, console)
+    with pytest.raises(UserError, match="ends in .csv"):
+        ask([made / "run"], "SELECT 1", tmp_path / "answer.txt", console)
+
+
+def test_publish(made, tmp_path):
+    publish([made / "run", made / "record"][:1], tmp_path / "set", Console(file=io.StringIO()))
+    with database() as db:
+        found = db.execute(f"SELECT count(*) FROM read_parquet({quoted(tmp_path / 'set' / 'rollouts.parquet')})")
+        assert found.fetchone()[0] == len(find([made / "run"])[0][0].rollouts())
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "1 training runs of 1 arms (routeV)" in card and "| `m_auroc` |" in card
+    for line in (tmp_path / "set" / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert sha256((tmp_path / "set" / name).read_bytes()).hexdigest() == digest
+    with pytest.raises(UserError, match="in use"):
+        publish([made / "run"], tmp_path / "set", Console(file=io.StringIO()))
+
+
+def test_every_field_has_a_meaning(made):
+    for name in fields.TABLES:
+        assert not fields.undocumented(name, read_jsonl(made / "run" / f"{name}.jsonl")), name
+    assert (Path(__file__).parents[1] / "docs" / "metrics.md").read_text() == fields.markdown()
+
+
+def test_the_rollouts_of_a_page(made):
+    """What the page holds is what the run recorded; where not all fit, whole steps and the headline stay."""
+    runs, _ = find([made / "run"])
+    rows = runs[0].rollouts()
+    held = json.loads(gzip.decompress(base64.b64decode(explorer.packed(explorer.table(runs)))))
+    columns = held["columns"]
+    assert held["every"] == 1 and len(columns["id"]) == len(rows)
+    for i, row in enumerate(rows):
+        prompt = held["prompts"][columns["prompt"][i]]
+        assert held["texts"][columns["text"][i]] == row["text"] and held["ids"][columns["id"][i]] == row["id"]
+        assert prompt == {"problem": row["problem"], "text": row["prompt"], "source": row["source"]}
+        bits = {flag: bool(columns["bits"][i] >> k & 1) for k, flag in enumerate(held["flags"])}
+        assert bits == {flag: row[f"verdict_{flag}"] for flag in held["flags"]}
+        assert columns["step"][i] == row.get("step") and held["problems"][row["problem"]]["canonical"]
+    few = explorer.table(runs, limit=2 * explorer.step_size(runs[0]) + runs[0].cfg.eval_rollouts)
+    steps = [step for step in few["columns"]["step"] if step is not None]
+    assert few["every"] == 2 and set(steps) == {0, 2} and len(steps) == 2 * explorer.step_size(runs[0])
+    assert few["phases"] == ["train", "eval:heldout_deploy"]
+
+
+def test_a_page_on_a_port(made):
+    with bind([made / "record"], 0, Console(file=io.StringIO())) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+
+        def get(path, host):
+            connection = HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        status, html = get("/", f"127.0.0.1:{port}")
+        assert status == 200 and 'id="x-data"' in html
+        assert get("/", "evil.example")[0] == 404 and get("/etc/passwd", f"localhost:{port}")[0] == 404
+        server.shutdown()
+    with pytest.raises(UserError, match="port = 70000"):
+        bind([made / "record"], 70000, Console(file=io.StringIO()))

@@ -147,6 +147,62 @@ def commands(base: Config) -> dict:
 
         return work(runs, out, figures, console)
 
+    def view(runs: tyro.conf.Positional[tuple[Path, ...]], port: int = 0) -> int:
+        """The page of `vgrout report` with every rollout, served to this machine alone until Ctrl-C.
+
+        Args:
+            runs: Folders of experiments, runs or records.
+            port: Port to serve on; any free one for 0.
+        """
+        from vgrout.lab.view import view as work
+
+        work(runs, port, console)
+        return 0
+
+    def sql(runs_and_query: tyro.conf.Positional[tuple[str, ...]], out: Path | None = None) -> int:
+        """Ask runs: the tables are `runs`, `steps` and `rollouts`, their columns stand in docs/metrics.md.
+
+        Args:
+            runs_and_query: Folders of experiments, runs or records, and at the end a query, as duckdb has it.
+            out: Write the answer to this .csv, .json or .parquet file instead.
+        """
+        from vgrout.lab.tabular import ask
+
+        if len(runs_and_query) < 2:
+            raise UserError('give folders and a query: vgrout sql RUNS "SELECT ..."')
+        *folders, query = runs_and_query
+        return ask([Path(folder) for folder in folders], query, out, console)
+
+    def publish(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path, force: bool = False) -> int:
+        """A data set of runs: Parquet of every step and rollout with scores and verdicts, a card, hashes.
+
+        Args:
+            runs: Folders of experiments, runs or records.
+            out: Folder of the data set.
+            force: Replace one that is in the folder.
+        """
+        from vgrout.lab.tabular import publish as work
+
+        return work(runs, out, console, force=force)
+
+    def lab_metrics(markdown: bool = False) -> int:
+        """What each field of a run's records means.
+
+        Args:
+            markdown: As docs/metrics.md.
+        """
+        from vgrout.lab.fields import TABLES
+        from vgrout.lab.fields import markdown as page
+
+        if markdown:
+            print(page(), end="")
+            return 0
+        for name, (what, known) in TABLES.items():
+            console.print(f"[bold]{name}[/bold]: {what}", soft_wrap=True)
+            for field, meaning in known.items():
+                console.print(f"  {field:<24} {meaning}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+
     def arms(variants: bool = False) -> int:
         """List the interventions: what tells rollouts apart, what follows from it, which hooks of the loop it takes.
 
@@ -469,6 +525,10 @@ def commands(base: Config) -> dict:
         "direction check": direction_check,
         "lab ceiling": lab_ceiling,
         "report": make_report,
+        "view": view,
+        "sql": sql,
+        "publish": publish,
+        "lab metrics": lab_metrics,
         "lab choose": lab_choose,
         "lab claims": lab_claims,
         "lab frontier": lab_frontier,

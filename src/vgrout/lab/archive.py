@@ -59,7 +59,7 @@ def _sql(types: set[type]) -> str:
     return "VARCHAR[]" if types == {list} else "JSON"
 
 
-def _write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+def write_table(rows: Sequence[Mapping[str, Any]], out: Path, level: int = LEVEL) -> None:
     """Rows of equal or different fields as Parquet, in their order."""
     types = column_types(rows)
     with TemporaryDirectory() as folder, database() as db:
@@ -67,7 +67,7 @@ def _write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
         columns = "{" + ", ".join(f"{quoted(key)}: {quoted(kind)}" for key, kind in types.items()) + "}"
         source = f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {columns})"
-        how = f"(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {LEVEL})"
+        how = f"(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level})"
         db.execute(f"COPY (SELECT * FROM {source}) TO {quoted(out)} {how}")
 
 
@@ -112,8 +112,8 @@ def pack(run: Path, out: Path) -> None:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write_table(read_jsonl(run / "steps.jsonl"), part / STEPS)
-        _write_table(with_verdicts(run), part / ROLLOUTS)
+        write_table(read_jsonl(run / "steps.jsonl"), part / STEPS)
+        write_table(with_verdicts(run), part / ROLLOUTS)
         said = {name: json.loads((run / f"{name}.json").read_text()) for name in KEPT}
         said |= {"evals": read_jsonl(run / "evals.jsonl"), "weights_sha256": weights_sha256(run)}
         said["sha256"] = {name: _digest(part / name) for name in TABLES}

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vgrout.lab import stats
+from vgrout.lab import explorer, stats
 from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.claims import Finding, conclusions, findings, hits, verified
 from vgrout.lab.decide import BASE_FILE, COSTS, DECISION, passes
@@ -23,7 +23,7 @@ from vgrout.lab.runs import Run, find
 from vgrout.lab.tables import can_write
 from vgrout.types import UserError
 
-TEMPLATE = "report.html.j2"
+TEMPLATE, SCRIPT = "report.html.j2", "explorer.js"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -130,8 +130,9 @@ def _decision(paths: Sequence[Path], runs: Sequence[Run]) -> tuple[Decision, lis
     return decision, findings(decision, runs), deviations
 
 
-def page(paths: Sequence[Path]) -> tuple[str, list[Figure], dict[Path, str]]:
-    """The report as HTML, its figures, and why runs could not be read. Raises UserError."""
+def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[Figure], dict[Path, str]]:
+    """The report as HTML with up to about `limit` rollouts, its figures, and why runs could not be read. Raises
+    UserError."""
     try:
         import jinja2
     except ImportError:
@@ -155,18 +156,24 @@ def page(paths: Sequence[Path]) -> tuple[str, list[Figure], dict[Path, str]]:
         told |= {"conclusions": conclusions(decision, found), "findings": [row for f in found for row in _told(f)]}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     text = (files("vgrout") / "data" / TEMPLATE).read_text()
+    markup = jinja2.utils.markupsafe.Markup
+    held = explorer.table(runs, limit)
+    every, count = held["every"], len(held["columns"]["run"])
+    which = "Every rollout" if every == 1 else f"Of training one step in {every}; of the final evaluation what ships"
     html = environment.from_string(text).render(
         **told,
+        explorer={
+            "note": f"{which}: {count:,}.",
+            "data": markup(explorer.packed(held)),
+            "script": markup((files("vgrout") / "data" / SCRIPT).read_text()),
+        },
         arms=list(by_arm),
         seeds=seeds,
         few_seeds=len(seeds) < stats.LEAST,
         unfinished=[run.name for run in runs if run.cells is None],
         notes=notes,
         table=[_row(label, own_runs) for label, own_runs in by_arm.items()],
-        figures=[
-            {"name": f.name, "title": f.title, "caption": f.caption, "svg": jinja2.utils.markupsafe.Markup(f.svg())}
-            for f in figures
-        ],
+        figures=[{"name": f.name, "title": f.title, "caption": f.caption, "svg": markup(f.svg())} for f in figures],
         provenance=_provenance(runs),
         shared=sorted(same.items()),
         runs=[
