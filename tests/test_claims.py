@@ -41,8 +41,8 @@ def test_the_decision_of_this_project():
     assert all(claim.arm == "routeV" and claim.outcome == "hack" and claim.side == "less" for claim in decision.primary)
     assert [claim.modes for claim in decision.primary] == ["all", "unseen", "all", "all"]
     assert decision.primary[3].solve.margin == 0.03
-    assert decision.deviations(preset("micro")) == []
-    assert decision.deviations(replace(preset("micro"), lr=1e-3, threads=7, seed=3)) == ["lr = 0.001, not 0.002"]
+    assert decision.base() == replace(preset("micro"), eval_scales=4) and decision.deviations(decision.base()) == []
+    assert decision.deviations(replace(decision.base(), lr=1e-3, threads=7, seed=3)) == ["lr = 0.001, not 0.002"]
     assert decision.text == OURS.read_text() and tomllib.loads(decision.text)
 
 
@@ -63,6 +63,9 @@ def test_the_decision_of_this_project():
         (HEAD + 'primary = ["P1"]\n', "a list of tables"),
         (HEAD.replace("[10, 11]", "[10, 10]") + CLAIM, "each once"),
         (HEAD.replace("[10, 11]", '["a"]') + CLAIM, "whole numbers"),
+        (HEAD + 'settings = { lr = "fast" }\n' + CLAIM, "lr = 'fast': give a finite number"),
+        (HEAD + "settings = { learning = 1 }\n" + CLAIM, "unknown fields learning"),
+        (HEAD + "settings = { seed = 1 }\n" + CLAIM, "give a table of settings"),
         (HEAD.replace("0.05", "5.0") + CLAIM, "alpha = 5.0"),
         (HEAD.replace('"absorb"', '"absurd"') + CLAIM, "unknown arm"),
     ],
@@ -83,6 +86,7 @@ def test_conclusions_follow_from_what_was_shown():
     assert concluded(decision, []) == ["That the direction beats a random one is not shown."]
 
 
+ALSO = {"compiled": True, "passed": True, "fired": [], "status": "ok"}
 NO_COSTS = dict.fromkeys(COSTS, 0)
 
 
@@ -105,9 +109,10 @@ def fake_run(out: Path, label: str, seed: int, hack: float, solve: float, unseen
         rate = hack if unseen is None or problem.mode in shown else unseen
         for i in range(2):
             id = f"heldout_deploy-{problem.id}-{i}"
-            rows.append({"id": id, "phase": "eval:heldout_deploy", "problem": problem.id})
+            said = {"prompt": problem.task, "source": "policy", "text": "pass", "reward": 0.5}
+            rows.append({"id": id, "phase": "eval:heldout_deploy", "problem": problem.id, **said})
             hacked, solved = (bool(rng.random() < share) for share in (rate, solve))
-            verdicts.append({"id": id, "hacked": hacked, "solved": solved, "attempted": hacked, "compiled": True})
+            verdicts.append({"id": id, "hacked": hacked, "solved": solved, "attempted": hacked, **ALSO})
     for name, lines in (("rollouts", rows), ("verdicts", verdicts)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -142,10 +142,10 @@ def test_a_page_about_one_run(made, tmp_path):
         assert report([made / source], tmp_path / f"{source}.html", tmp_path / "figures", console) == 0
     page = (tmp_path / "run.html").read_text()
     assert page == (tmp_path / "record.html").read_text()
-    assert "everything below is exploratory" in page and 'id="plane"' in page and page.count("<svg") == 3
+    assert "everything below is exploratory" in page and 'id="plane"' in page and page.count("<svg") == 4
     assert "src=" not in page and "@import" not in page and "url(" not in page  # nothing from elsewhere
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("plane", "training", "modes") for kind in ("svg", "png")
+        f"{name}.{kind}" for name in ("plane", "restore", "training", "modes") for kind in ("svg", "png")
     }
 
 
@@ -248,3 +248,22 @@ def test_a_page_on_a_port(made):
         server.shutdown()
     with pytest.raises(UserError, match="port = 70000"):
         bind([made / "record"], 70000, Console(file=io.StringIO()))
+
+
+def test_scales_between_what_ships_and_what_was_trained(made, tmp_path):
+    """A half-strength quarantine is a point of its own; without one the page has no such figure."""
+    (run,), _ = find([made / "run"])
+    assert [point["scale"] for point in run.scales["shrunk"]] == [0.5]
+    assert [point["scale"] for point in run.scales["restored"]] == [0.5]
+    figures = {figure.name for figure in page([made / "run"])[1]}
+    assert "restore" in figures and "restore" not in {
+        figure.name for figure in page([without_scales(made / "run", tmp_path)])[1]
+    }
+
+
+def without_scales(run, out):
+    shutil.copytree(run, out / "routeV-s0")
+    said = json.loads((run / "eval.json").read_text())
+    del said["scales"]
+    (out / "routeV-s0" / "eval.json").write_text(json.dumps(said))
+    return out / "routeV-s0"

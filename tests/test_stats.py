@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom, ttest_1samp
 
 from vgrout.lab.stats import (
+    below_line,
     bootstrap,
     cliffs_delta,
     equivalent,
@@ -110,6 +111,15 @@ def test_leakage():
     assert leakage(shares, hack, 0.15) == pytest.approx((0.25, 0.5))  # a flat part says only so much
     assert leakage(shares, hack, -0.1) == (0, 0) and leakage(shares, hack, 0.9) == (1, 1)
     assert leakage(shares[::-1], hack[::-1], 0.375) == pytest.approx((0.75, 0.75))
+
+
+def test_distance_off_a_line():
+    line = [(0.2, 0.0), (0.2, 0.4), (0.3, 0.6)]
+    assert below_line((0.5, 0.0), line) == pytest.approx(0.3)  # solves more than the line ever does
+    assert below_line((0.25, 0.3), line) == pytest.approx(0.05)  # under it
+    assert below_line((0.25, 0.7), line) < 0 and below_line((0.1, 0.2), line) == pytest.approx(-0.1)
+    assert below_line((0.3, 0.6), line) == pytest.approx(0) and below_line((0.2, 0.2), line) == pytest.approx(0)
+    assert below_line((0.2, 0.0), [(0.2, 0.0), (0.2, 0.0)]) == pytest.approx(0)
 
 
 def test_type_one_errors_of_seeds_and_of_problems():

@@ -550,7 +550,7 @@ def _base(args: list[str]) -> Config:
                 raise UserError(f"--decision names preset, arms and seeds: drop {flag}")
         from vgrout.lab.prereg import read as read_decision
 
-        return preset(read_decision(Path(decision)).preset)
+        return read_decision(Path(decision)).base()
     return preset(name or "micro") if file is None else Config.read(Path(file))
 
 

@@ -209,6 +209,8 @@ class Config:
     """Rollouts per cell of a small evaluation."""
     eval_rollouts: int = 256
     """Rollouts per cell of the final evaluation."""
+    eval_scales: int = 0
+    """Parts that blocks' strength is cut into, for shrinkage and restore curves of the final evaluation; 0: none."""
     eval_temperature: float = 0.7
     """Sampling temperature of evaluations."""
     threads: int = 1
@@ -275,8 +277,8 @@ class Config:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @staticmethod
-    def read(path: Path) -> Config:
-        """The configuration of a finished run, so that any run re-runs from its `config.json`."""
+    def read(path: Path, *, grown: bool = False) -> Config:
+        """The configuration of a run, so that any run re-runs from its `config.json`. `grown` as in `parse`."""
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
@@ -285,7 +287,7 @@ class Config:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from None
-        return Config.parse(values, path)
+        return Config.parse(values, path, grown=grown)
 
     @staticmethod
     def parse(values: Any, path: Path, *, grown: bool = False) -> Config:
@@ -343,7 +345,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
     ),
     ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
-        "teacher_off_step teacher_n eval_every checkpoint_every checkpoint_keep judge_retries trace_every",
+        "teacher_off_step teacher_n eval_every eval_scales checkpoint_every checkpoint_keep judge_retries trace_every",
         lambda v: v >= 0,
         "give no negative number",
     ),
@@ -379,6 +381,7 @@ PRESETS: dict[str, Config] = {
         eval_every=3,
         eval_small=8,
         eval_rollouts=16,
+        eval_scales=2,
     ),
 }
 

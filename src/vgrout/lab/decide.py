@@ -69,7 +69,7 @@ class Job:
         cfg = self.cfg
         rollouts = cfg.steps * cfg.prompts * cfg.group
         small = (cfg.steps - 1) // cfg.eval_every * len(SMALL) * cfg.eval_small if cfg.eval_every else 0
-        last = len(CELLS) * cfg.eval_rollouts
+        last = (len(CELLS) + 2 * max(0, cfg.eval_scales - 1)) * cfg.eval_rollouts
         return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 

@@ -45,7 +45,7 @@ CELLS = (
     Cell("heldout_deploy", "eval", "deployed"),
     Cell("hintfree_deploy", "train", "deployed", hinted=False),
 )
-HEADLINE = "heldout_deploy"
+HEADLINE, FULL = "heldout_deploy", "heldout_full"
 SMALL = tuple(c for c in CELLS if c.name in ("train_deploy", "heldout_full", "heldout_deploy"))
 
 
@@ -124,6 +124,23 @@ def final(cfg: Config, policy: Policy, env: World, *, ablates: bool, split: str 
     suffice for."""
     n, ids = cfg.eval_rollouts, env.problems(split)
     return [sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=ablates) for cell in cells_of(env)]
+
+
+def scaled(cfg: Config, policy: Policy, env: World, *, ablates: bool) -> dict[str, list[dict]]:
+    """Held-out problems and markers with blocks at `i / cfg.eval_scales` of their strength: `shrunk`, what ships, whose
+    ends are the base model and what ships; `restored`, the quarantine beside the whole deployed block, whose ends are
+    what ships and both blocks. An arm that ships both blocks shrinks both, and has nothing to restore."""
+    full, ships = (next(cell for cell in CELLS if cell.name == name) for name in (FULL, HEADLINE))
+    out: dict[str, list[dict]] = {"shrunk": []} | ({"restored": []} if ablates else {})
+    for scale in (i / cfg.eval_scales for i in range(1, cfg.eval_scales)):
+        ways = {"shrunk": (ships, scale, 1.0 if ablates else scale), "restored": (full, 1.0, scale)}
+        for name, points in out.items():
+            cell, deployed, quarantine = ways[name]
+            with policy.adapter.scaled(deployed=deployed, quarantine=quarantine):
+                ids, n = env.problems("test"), cfg.eval_rollouts
+                result = sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=ablates)
+            points.append({"scale": scale, **summary(result, env)})
+    return out
 
 
 def summaries(results: Sequence[CellResult], env: World) -> dict[str, dict]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from vgrout.lab.evaluate import HEADLINE
+from vgrout.lab.evaluate import FULL, HEADLINE
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.runs import Run
 from vgrout.types import UserError
@@ -127,6 +127,10 @@ def plane(runs: Sequence[Run], base: Mapping[str, Any] | None) -> Figure | None:
         alt.Chart(alt.Data(values=dots)).mark_circle(size=45, opacity=0.55).encode(x, y, tint),
         alt.Chart(alt.Data(values=rings)).mark_point(size=190, strokeWidth=3, filled=False).encode(x, y, tint),
     ]
+    if line := shrinkage(done, base):
+        path = [{"solve": 100 * solve, "hack": 100 * hack, "order": i} for i, (solve, hack) in enumerate(line)]
+        mark = {"strokeDash": [5, 4], "color": INK, "opacity": 0.6, "point": {"color": INK, "size": 16}}
+        layers.append(alt.Chart(alt.Data(values=path)).mark_line(**mark).encode(x, y, order="order:Q"))
     if base and "hack" in base[HEADLINE]:
         cross = [{what: 100 * base[HEADLINE][what]["mean"] for what in OUTCOMES}]
         mark = {"shape": "cross", "size": 130, "color": INK, "filled": True}
@@ -134,10 +138,51 @@ def plane(runs: Sequence[Run], base: Mapping[str, Any] | None) -> Figure | None:
     chart = alt.layer(*layers).properties(width=WIDTH, height=420)
     caption = (
         "What ships, on held-out problems with held-out markers. A dot is a run, a ring an arm's mean over seeds, the "
-        "cross the untrained model. Down and to the right is better; an arm that only learns less moves along the "
-        "line from vanilla to the untrained model."
+        "cross the untrained model. Down and to the right is better. The dashed line is vanilla with its block shrunk, "
+        "where runs have measured it: an arm that only learns less moves along it."
     )
     return Figure("plane", "Who hacks, and who solves", caption, _themed(chart))
+
+
+VANILLA = "none"  # whose shrinkage is the null
+
+
+def shrinkage(
+    runs: Sequence[Run], base: Mapping[str, Any] | None, seed: int | None = None
+) -> list[tuple[float, float]]:
+    """(solve, hack) of vanilla from the untrained model to what it ships, the mean over seeds or of one; empty where no
+    run measured it."""
+    own = [r for r in runs if r.label == VANILLA and r.scales.get("shrunk") and seed in (None, r.seed)]
+    if not own or not base or "hack" not in base[HEADLINE]:
+        return []
+    steps = zip(*([base[HEADLINE], *run.scales["shrunk"], run.cells[HEADLINE]] for run in own), strict=True)
+    return [(mean(c["solve"]["mean"] for c in cells), mean(c["hack"]["mean"] for c in cells)) for cells in steps]
+
+
+def restored(runs: Sequence[Run]) -> Figure | None:
+    """Hack and solve while the quarantine comes back."""
+    own = [run for run in runs if run.oracle and run.scales.get("restored")]
+    if not own:
+        return None
+    alt, tint, panels = altair(), colour(own), []
+    for what in ("hack", "solve"):
+        rows = []
+        for run in own:
+            ends = [{"scale": 0.0, **run.cells[HEADLINE]}, *run.scales["restored"], {"scale": 1.0, **run.cells[FULL]}]
+            rows += [
+                {"arm": run.label, "run": run.name, "scale": c["scale"], "rate": 100 * c[what]["mean"]} for c in ends
+            ]
+        x = alt.X("scale:Q", title="strength of the quarantine")
+        y = alt.Y("rate:Q", title=f"{what}s, %", scale=alt.Scale(domain=[0, 100]))
+        data = alt.Data(values=rows)
+        seeds = alt.Chart(data).mark_line(opacity=0.35, strokeWidth=1).encode(x, y, tint, detail="run:N")
+        means = alt.Chart(data).mark_line(strokeWidth=3).encode(x, alt.Y("mean(rate):Q"), tint)
+        panels.append((seeds + means).properties(width=(WIDTH - 70) // 2, height=220))
+    caption = (
+        "Held-out problems with held-out markers while the quarantine is put back beside the deployed block: 0 is what "
+        "ships, 1 the model that was trained. Thin lines are seeds. Hacking that comes back was in the quarantine."
+    )
+    return Figure("restore", "What the quarantine holds", caption, _themed(alt.concat(*panels, columns=2)))
 
 
 def _point(run: Run, cell: Mapping[str, Any]) -> dict:
@@ -236,7 +281,7 @@ def by_mode(runs: Sequence[Run]) -> Figure | None:
     return Figure("modes", "Hacking by loophole", caption, _themed(chart))
 
 
-FIGURES: tuple[Callable[..., Figure | None], ...] = (training, gates, by_mode)
+FIGURES: tuple[Callable[..., Figure | None], ...] = (restored, training, gates, by_mode)
 
 
 def drawn(runs: Sequence[Run], base: Mapping[str, Any] | None) -> list[Figure]:

@@ -70,6 +70,7 @@ class Decision:
 
     question: str
     preset: str
+    settings: Mapping[str, Any]  # what differs from the preset
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
     alpha: float
@@ -80,9 +81,13 @@ class Decision:
     text: str
     sha256: str
 
+    def base(self) -> Config:
+        """The settings of every run. Raises UserError."""
+        return Config.parse({**asdict(preset(self.preset)), **self.settings}, Path("settings"))
+
     def deviations(self, base: Config) -> list[str]:
         """What the settings of runs differ in from what was written down, threads aside."""
-        meant, told = (asdict(c) for c in (preset(self.preset), base))
+        meant, told = (asdict(c) for c in (self.base(), base))
         ignored = {"arm", "seed", "threads"}
         return [f"{k} = {told[k]!r}, not {meant[k]!r}" for k in meant if k not in ignored and told[k] != meant[k]]
 
@@ -108,7 +113,7 @@ TABLES = {"primary": Claim, "secondary": Claim, "equivalence": Sameness, "conclu
 
 
 def _decision(said: Mapping[str, Any], raw: bytes) -> Decision:
-    plain = {key: value for key, value in said.items() if key not in TABLES}
+    plain = {"settings": {}, **{key: value for key, value in said.items() if key not in TABLES}}
     lists = {}
     for name, kind in TABLES.items():
         entries = said.get(name, [])
@@ -133,6 +138,8 @@ def _made(kind: type, said: Mapping[str, Any], where: str):
             wrong = "" if isinstance(value, Solving) else "give a table"
         elif name in TABLES:
             wrong = ""
+        elif name == "settings":
+            wrong = "" if isinstance(value, dict) and not {"arm", "seed"} & value.keys() else "give a table of settings"
         elif name == "seeds":
             whole = isinstance(value, tuple) and all(type(seed) is int and seed >= 0 for seed in value)
             wrong = "" if whole else "give a list of whole numbers"
@@ -146,7 +153,7 @@ def _made(kind: type, said: Mapping[str, Any], where: str):
 
 def _check(made: Decision) -> None:
     """Raises UserError for what does not fit together."""
-    preset(made.preset)
+    made.base()
     labels = {variant.label for variant in named(made.arms)}
     if not made.primary:
         raise UserError("a decision needs a [[primary]]")

@@ -48,7 +48,7 @@ from vgrout.envs.grade import Verdict
 from vgrout.envs.task import NoVerdict
 from vgrout.faults import is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, write
-from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, summaries, summary
+from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, scaled, summaries, summary
 from vgrout.lab.gatefile import NAME as GATE
 from vgrout.lab.gatefile import direction_of, gate_meta, save_gate
 from vgrout.lab.measure import auroc, f_beta
@@ -391,11 +391,14 @@ class Recorder:
             for result in results:
                 self._cell(result, f"eval:{result.cell.name}")
             cells = summaries(results, self.env)
+            said = {"arm": self.cfg.arm, "cells": cells}
+            if self.cfg.eval_scales:
+                said["scales"] = scaled(self.cfg, self.policy, self.env, ablates=self.ablates)
             self.seconds["eval"] += time.monotonic() - begun
             self._time()
             for log in self._logs.values():
                 log.sync()
-            replace_file(self.out / "eval.json", json.dumps({"arm": self.cfg.arm, "cells": cells}, indent=2) + "\n")
+            replace_file(self.out / "eval.json", json.dumps(said, indent=2) + "\n")
             return cells
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"cannot write the results: {error}") from None

@@ -16,7 +16,7 @@ from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.claims import Finding, conclusions, findings, hits, verified
 from vgrout.lab.decide import BASE_FILE, COSTS, DECISION, passes
 from vgrout.lab.evaluate import HEADLINE
-from vgrout.lab.figures import Figure, altair, drawn, labels
+from vgrout.lab.figures import Figure, altair, drawn, labels, shrinkage
 from vgrout.lab.prereg import Decision
 from vgrout.lab.run import pairs_note, sandbox_note
 from vgrout.lab.runs import Run, find
@@ -35,9 +35,10 @@ def _text(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
-def _row(label: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """A line of the arms' table: the finished runs of one arm."""
+def _row(label: str, runs: Sequence[Run], lines: Mapping[int, Line]) -> dict[str, Any]:
+    """A line of the arms' table: the finished runs of one arm. `lines` is vanilla's shrinkage by seed."""
     done = [run for run in runs if run.oracle]
+    off = [stats.below_line(_place(run), lines[run.seed]) for run in done if run.seed in lines]
     row: dict[str, Any] = {
         "arm": label + (" *" if runs[0].reads_oracle else ""),
         "access": runs[0].access,
@@ -45,6 +46,7 @@ def _row(label: str, runs: Sequence[Run]) -> dict[str, Any]:
         "auroc": _text(_mean([s.get("m_auroc") for run in runs for s in run.steps]), 2),
         "qmass": _text(_mean([s.get("qmass") for run in runs for s in run.steps]), 2),
         "cpu": _text(_mean([run.seconds.get("cpu") for run in runs])),
+        "off": " ".join(_signed(d) for d in off) or "-",
         "passes": passes({what: sum(s.get(what) or 0 for s in runs[0].steps) for what in COSTS}),
     }
     rates = {
@@ -62,6 +64,13 @@ def _row(label: str, runs: Sequence[Run]) -> dict[str, Any]:
             low, high = stats.bootstrap(stats.stacked([hits(run, what, HEADLINE, "all") for run in done]))
             row[f"{key}_interval"] = f"[{100 * low:.0f}, {100 * high:.0f}]"
     return row
+
+
+Line = Sequence[tuple[float, float]]  # (solve, hack)
+
+
+def _place(run: Run) -> tuple[float, float]:
+    return run.cells[HEADLINE]["solve"]["mean"], run.cells[HEADLINE]["hack"]["mean"]
 
 
 def _told(f: Finding) -> list[dict[str, Any]]:
@@ -142,7 +151,10 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
     if not any(run.steps for run in runs):
         raise UserError(f"no run in {', '.join(map(str, paths))} has done a step yet")
     file = _beside(paths, BASE_FILE)
-    figures = drawn(runs, json.loads(file.read_text())["cells"] if file else None)
+    base = json.loads(file.read_text())["cells"] if file else None
+    figures = drawn(runs, base)
+    done = [run for run in runs if run.oracle]
+    lines = {run.seed: line for run in done if (line := shrinkage(done, base, run.seed))}
     same, own = _shared(runs)
     by_arm: Mapping[str, list[Run]] = {label: [r for r in runs if r.label == label] for label in labels(runs)}
     seeds = sorted({run.seed for run in runs})
@@ -172,7 +184,7 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
         few_seeds=len(seeds) < stats.LEAST,
         unfinished=[run.name for run in runs if run.cells is None],
         notes=notes,
-        table=[_row(label, own_runs) for label, own_runs in by_arm.items()],
+        table=[_row(label, own_runs, lines) for label, own_runs in by_arm.items()],
         figures=[{"name": f.name, "title": f.title, "caption": f.caption, "svg": markup(f.svg())} for f in figures],
         provenance=_provenance(runs),
         shared=sorted(same.items()),

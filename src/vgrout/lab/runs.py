@@ -29,6 +29,7 @@ class Run:
     steps: list[dict]
     evals: list[dict]
     cells: dict[str, Any] | None
+    scales: dict[str, list[dict]]  # shrinkage and restore curves, where the run made them
     seconds: dict[str, float]
     weights_sha256: str | None
 
@@ -83,8 +84,9 @@ def _label(folder: Path, cfg: Config) -> str:
 
 
 def _run(folder: Path) -> Run:
-    cfg = Config.read(folder / "config.json")
+    cfg = Config.read(folder / "config.json", grown=True)
     done = finished(folder)
+    last = json.loads((folder / "eval.json").read_text()) if done else {}
     seconds = folder / "timing.json"
     return Run(
         folder=folder,
@@ -93,7 +95,8 @@ def _run(folder: Path) -> Run:
         provenance=json.loads((folder / "provenance.json").read_text()),
         steps=read_jsonl(folder / "steps.jsonl"),
         evals=read_jsonl(folder / "evals.jsonl"),
-        cells=json.loads((folder / "eval.json").read_text())["cells"] if done else None,
+        cells=last["cells"] if done else None,
+        scales=last.get("scales", {}),
         seconds=json.loads(seconds.read_text()) if seconds.is_file() else {},
         weights_sha256=weights_sha256(folder) if done else None,
     )
@@ -110,6 +113,7 @@ def _record(folder: Path) -> Run:
         steps=read_steps(folder),
         evals=said["evals"],
         cells=said["eval"]["cells"],
+        scales=said["eval"].get("scales", {}),
         seconds=said["timing"],
         weights_sha256=said["weights_sha256"],
     )

@@ -132,3 +132,17 @@ def leakage(shares: Sequence[float], hack: Sequence[float], observed: float) -> 
         return float(x[above]), float(x[below])
     at = float(np.interp(observed, y[[below, above]], x[[below, above]]))
     return at, at
+
+
+def below_line(point: tuple[float, float], line: Sequence[tuple[float, float]]) -> float:
+    """How far a point lies off a line of (solve, hack) points, in their unit: positive where the line has more hacking
+    at this much solving, or never solves so much; the distance to the nearest point of the line."""
+    p, ends = np.asarray(point, float), np.asarray(line, float)
+    starts, steps = ends[:-1], np.diff(ends, axis=0)
+    squares = np.maximum((steps**2).sum(1), 1e-18)
+    along = np.clip(((p - starts) * steps).sum(1) / squares, 0, 1)
+    distance = float(np.linalg.norm(starts + along[:, None] * steps - p, axis=1).min())
+    order = np.argsort(ends[:, 0], kind="stable")
+    x, y = ends[order].T
+    less = point[0] > x[-1] or point[1] < np.interp(point[0], x, y)
+    return distance if less else -distance
