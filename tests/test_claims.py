@@ -2,7 +2,8 @@
 
 import json
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from vgrout.config import preset
 from vgrout.envs.micro import LIVE, problems
 from vgrout.lab import stats
-from vgrout.lab.claims import conclusions, findings, hits, verified
+from vgrout.lab.claims import conclusions, findings, hits
+from vgrout.lab.claims import experiment as made_of
 from vgrout.lab.decide import COSTS
 from vgrout.lab.evaluate import CELLS
 from vgrout.lab.grid import named
@@ -82,7 +84,9 @@ def test_conclusions_follow_from_what_was_shown():
     assert concluded(decision, ["P1", "P2", "P3", "P4"])[0].startswith("The direction decides")
     assert concluded(decision, ["E1", "E2"])[0].startswith("Localisation without direction")
     assert concluded(decision, ["P1"])[0].startswith("Weak labels")
-    assert any(text.startswith("The direction is useful") for text in concluded(decision, ["P1", "P2", "E3"]))
+    useful = "The direction is useful"
+    assert any(text.startswith(useful) for text in concluded(decision, ["P1", "P2", "E3", "E4"]))
+    assert not any(text.startswith(useful) for text in concluded(decision, ["P1", "P2", "E3"]))
     assert concluded(decision, []) == ["That the direction beats a random one is not shown."]
 
 
@@ -93,11 +97,11 @@ NO_COSTS = dict.fromkeys(COSTS, 0)
 def fake_run(out: Path, label: str, seed: int, hack: float, solve: float, unseen: float | None = None) -> None:
     """A finished run whose evaluation has these rates, `unseen` on loopholes that the pairs do not show."""
     (variant,) = named([label])
-    cfg = variant.config(preset("micro"), seed)
+    cfg = variant.config(read(OURS).base(), seed)
     run, rng = out / f"{label}-s{seed}", np.random.default_rng(seed)
     run.mkdir(parents=True)
     (run / "config.json").write_text(cfg.to_json())
-    rates = {"hack": {"mean": hack}, "solve": {"mean": solve}}
+    rates = {"hack": {"mean": hack, "n": 2 * len(problems("test"))}, "solve": {"mean": solve}}
     cell = rates | {"modes": {mode: rates for mode in LIVE}}
     (run / "eval.json").write_text(json.dumps({"cells": {known.name: cell for known in CELLS}}))
     steps = [{"step": i, "reward": 1.0, "m_hack": hack, "m_solve": solve, "qmass": 0.5} for i in range(10)]
@@ -105,12 +109,12 @@ def fake_run(out: Path, label: str, seed: int, hack: float, solve: float, unseen
     (run / "provenance.json").write_text("{}")
     (run / "adapter.safetensors").write_text("")
     shown, rows, verdicts = modes_in_pairs(cfg.pairs), [], []
-    for problem in problems("test"):
+    for problem, cell in product(problems("test"), ("heldout_deploy", "heldout_full")):
         rate = hack if unseen is None or problem.mode in shown else unseen
         for i in range(2):
-            id = f"heldout_deploy-{problem.id}-{i}"
+            id = f"{cell}-{problem.id}-{i}"
             said = {"prompt": problem.task, "source": "policy", "text": "pass", "reward": 0.5}
-            rows.append({"id": id, "phase": "eval:heldout_deploy", "problem": problem.id, **said})
+            rows.append({"id": id, "phase": f"eval:{cell}", "problem": problem.id, **said})
             hacked, solved = (bool(rng.random() < share) for share in (rate, solve))
             verdicts.append({"id": id, "hacked": hacked, "solved": solved, "attempted": hacked, **ALSO})
     for name, lines in (("rollouts", rows), ("verdicts", verdicts)):
@@ -129,72 +133,126 @@ def experiment(tmp_path, monkeypatch):
             else:
                 fake_run(tmp_path, label, seed, 0.5, 0.6, unseen=0.4)
     (tmp_path / "decision.toml").write_text(decision.text)
-    (tmp_path / "plan.json").write_text(json.dumps({"decision_sha256": decision.sha256}))
+    settings = {f"config.{key}": value for key, value in asdict(decision.base()).items() if key not in ("arm", "seed")}
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"decision_sha256": decision.sha256, "code_sha256": "c", **settings})
+    )
+    base = {what: {"mean": 0.2} for what in ("hack", "solve", "attempted", "compile")}
+    (tmp_path / "base.json").write_text(json.dumps({"cells": {known.name: base for known in CELLS}}))
     return tmp_path
 
 
+def made(folder):
+    return made_of(folder, find([folder])[0])
+
+
 def test_hits_are_those_of_the_evaluation(experiment):
-    run = experiment / "routeV-s10"
-    everything, unseen = (hits(read_run(run), "hack", "heldout_deploy", modes) for modes in ("all", "unseen"))
-    verdicts = [json.loads(line) for line in (run / "verdicts.jsonl").read_text().splitlines()]
-    assert everything.shape == (len(problems("test")), 2)
-    assert everything.mean() == pytest.approx(np.mean([v["hacked"] for v in verdicts]))
-    shown = modes_in_pairs(preset("micro").pairs)
-    assert len(unseen) == sum(p.mode not in shown for p in problems("test")) and unseen.mean() > 1.5 * everything.mean()
+    run, shown = read_run(experiment / "routeV-s10"), modes_in_pairs(preset("micro").pairs)
+    (ids, everything), (some, unseen) = (hits(run, "hack", "heldout_deploy", modes) for modes in ((), shown))
+    assert everything.shape == (len(problems("test")), 2) and ids == sorted(p.id for p in problems("test"))
+    assert everything.mean() == np.mean([row["verdict_hacked"] for row in run.evaluated("heldout_deploy")])
+    assert some == sorted(p.id for p in problems("test") if p.mode not in shown)
+    assert unseen.mean() > 1.5 * everything.mean()
 
 
 def test_findings(experiment):
-    decision, _ = verified(experiment)
-    found = findings(decision, find([experiment])[0])
+    whole = made(experiment)
+    found = findings(whole)
     by = {f.name: f for f in found}
-    assert list(by) == ["P1", "P2", "P3", "P4", "S1", "S2", "S3", "E1", "E2", "E3"]
+    assert list(by) == ["P1", "P2", "P3", "P4", "S1", "S2", "S3", "S4", "E1", "E2", "E3", "E4"] and not whole.remarks
     p1 = by["P1"]
     assert p1.shown and p1.p == 2**-8 and p1.low < p1.mean < p1.high < 0 and p1.cliffs_delta == -1.0
-    means = [np.mean([hits(read_run(experiment / f"{c}-s10"), "hack", "heldout_deploy", "all").mean() for c in
-                      ("placebo_matched", "placebo_matched_2")])]  # fmt: skip
-    assert p1.control[0] == pytest.approx(means[0])
+    means = [
+        hits(whole.runs[f"{c}-s10"], "hack", "heldout_deploy")[1].mean() for c in whole.decision.primary[0].control
+    ]
+    assert len(means) == 2 and p1.control[0] == pytest.approx(np.mean(means))
     assert not by["P2"].shown and by["P2"].p > 0.9
     assert by["P3"].p == 2**-8 and not by["P3"].shown  # behind P2 in the sequence
     assert by["P4"].solve.p > 0.9 and by["P4"].adjusted == by["P4"].solve.p and not by["P4"].shown
-    assert by["S2"].shown and by["S2"].adjusted == 3 * 2**-8
+    assert by["S2"].shown and by["S2"].adjusted == 4 * 2**-8
+    assert by["S4"].control == (0.2,) * 8 and by["S4"].p > 0.9 and by["S4"].low > 0
     assert not by["E1"].shown and by["E1"].adjusted is not None
-    assert conclusions(decision, found) == [decision.conclusion[3].says]
+    assert conclusions(whole.decision, found) == [text for text in said(whole) if text.startswith("Weak labels")]
 
 
-def test_no_test_is_read_on_the_way(experiment):
-    (experiment / "routeV-s17" / "eval.json").unlink()
-    decision = read(OURS)
-    found = findings(decision, find([experiment])[0])
-    assert all(f.p is None and f.shown is None and f.why == "7 of 8 seeds: descriptive only" for f in found)
-    assert all(len(f.differences) == 7 and f.mean is not None for f in found)
-    assert conclusions(decision, found) == ["Nothing is concluded: not every test can be read."]
+def said(whole):
+    return [conclusion.says for conclusion in whole.decision.conclusion]
+
+
+@pytest.mark.parametrize("missing", ["routeV-s17", "oracle_route-s17", "none_2r-s12"])
+def test_no_test_is_read_on_the_way(experiment, missing):
+    """A run that is missing anywhere opens every test, those that do not need it too."""
+    (experiment / missing / "eval.json").unlink()
+    whole = made(experiment)
+    found = findings(whole)
+    assert all(f.p is None and f.shown is None and f.why == "79 of 80 runs: descriptive only" for f in found)
+    assert all(part is None or part.p is None for f in found for part in (f.solve,))
+    assert conclusions(whole.decision, found) == ["Nothing is concluded: not every test can be read."]
+
+
+def test_only_runs_of_the_decision_count(experiment, tmp_path_factory):
+    """A run of other settings, or from elsewhere, is no evidence; one made by other code is named."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (experiment / "absorb-s11").rename(elsewhere / "absorb-s11")
+    file = experiment / "routeV-s12" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lr": 9.0}))
+    (experiment / "none-s13" / "provenance.json").write_text('{"code_sha256": "d", "drift": ["code"]}')
+    whole = made_of(experiment, find([experiment, elsewhere])[0])
+    assert len(whole.runs) == 78 and whole.remarks == [
+        "none-s13 was made with other code_sha256, settings, code or data on the way",
+        "routeV-s12 was left out: it has other lr",
+    ]
+    assert all(f.p is None for f in findings(whole))
 
 
 def test_few_seeds_are_descriptive_only(experiment):
-    runs, _ = find([experiment])
-    few = replace(read(OURS), seeds=(10, 11, 12))
-    assert {f.why for f in findings(few, runs)} == {"3 seeds: descriptive only"}
-    strict = replace(read(OURS), alpha=0.001)
-    assert {f.why for f in findings(strict, runs)} == {"8 seeds give no p below 0.00391"}
-    empty = findings(read(OURS), [])
-    assert all(f.seeds == () and f.mean is None and f.why.startswith("0 of 8") for f in empty)
+    whole = made(experiment)
+    few = replace(whole.decision, seeds=(10, 11, 12))
+    runs = {name: run for name, run in whole.runs.items() if run.seed in few.seeds}
+    assert {f.why for f in findings(replace(whole, decision=few, runs=runs))} == {"3 seeds: descriptive only"}
+    strict = replace(whole, decision=replace(whole.decision, alpha=0.001))
+    assert {f.why for f in findings(strict)} == {"8 seeds give no p below 0.00391"}
+    empty = findings(replace(whole, runs={}))
+    assert all(f.seeds == () and f.mean is None and f.why.startswith("0 of 80") for f in empty)
 
 
 def test_a_decision_that_changed_is_refused(experiment):
     with (experiment / "decision.toml").open("a") as file:
         file.write("\n# afterthought\n")
     with pytest.raises(UserError, match="not the decision that was stored before the first run"):
-        verified(experiment)
+        made(experiment)
+
+
+DECIDES, LOCAL = "The direction decides", "Localisation"
+OPPOSED = [
+    *((DECIDES, other) for other in (LOCAL, "The direction is useful", "Over-", "Weak labels", "That the direction")),
+    *((LOCAL, other) for other in ("Weak labels", "The direction beats", "The direction is useful")),
+]
+
+
+def test_no_outcome_gives_conclusions_that_contradict_each_other():
+    """Over every outcome of the sequence, the equivalences and over-ablation."""
+    decision = read(OURS)
+    for n, beside in product(range(5), product((False, True), repeat=5)):
+        shown = (
+            [f"P{i}" for i in range(1, n + 1)] + [f"E{i}" for i in range(1, 5) if beside[i - 1]] + ["S4"] * beside[4]
+        )
+        texts = concluded(decision, shown)
+        for a, b in OPPOSED:
+            assert not (any(t.startswith(a) for t in texts) and any(t.startswith(b) for t in texts)), (shown, texts)
+        assert texts, shown
 
 
 def test_the_report_of_a_decision(experiment):
     """The verdict in the words that were written down, and each test with what it found."""
     html, figures, unread = page([experiment])
-    decision, _ = verified(experiment)
-    assert not unread and decision.conclusion[3].says in html and decision.question in html
+    whole = made(experiment)
+    (weak,) = (text for text in said(whole) if text.startswith("Weak labels"))
+    assert not unread and weak in html and whole.decision.question in html
     assert [figure.name for figure in figures] == ["plane", "training", "modes"]
     assert html.count('class="text shown"') == 2  # P1 and S2
-    assert decision.sha256[:16] in html and "no deviation in settings" in html
+    assert whole.decision.sha256[:16] in html and "every run has the settings, code and data" in html
+    assert whole.decision.question in page([experiment / "routeV-s10"])[0]  # a run of it knows its experiment
     plan = json.loads((experiment / "plan.json").read_text())
     (experiment / "plan.json").write_text(json.dumps(plan | {"deviations": ["lr = 0.1, not 0.002"]}))
-    assert "deviations: lr = 0.1, not 0.002" in page([experiment])[0]
+    assert "deviates: lr = 0.1, not 0.002" in page([experiment])[0]

@@ -18,11 +18,12 @@ from vgrout.lab import decide as decide_module
 from vgrout.lab import run as run_module
 from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
 from vgrout.lab.given import followed
+from vgrout.lab.prereg import read as read_decision
 from vgrout.lab.record import MARK, claim_folder, disown, read_jsonl
 from vgrout.lab.run import check
 from vgrout.models.load import model_path
 from vgrout.signals import Interrupted, listening
-from vgrout.types import UserError
+from vgrout.types import RunFailed, UserError
 
 TINY = replace(
     preset("smoke"), steps=2, prompts=2, group=4, teacher_off_step=1, eval_every=1, eval_small=4, eval_rollouts=8
@@ -372,3 +373,77 @@ def test_the_table_comes_back_as_markdown(experiment, capsys):
     ]
     with pytest.raises(UserError, match="no finished experiment"):
         show(out / "none-s0", (), False, Console())
+
+
+DECISION = """
+question = "Does it?"
+preset = "smoke"
+settings = { steps = 2, prompts = 2, group = 4, teacher_off_step = 1, eval_small = 4, eval_rollouts = 8 }
+seeds = [0]
+arms = ["routeV", "placebo_matched"]
+alpha = 0.05
+
+[[primary]]
+name = "P1"
+says = "less"
+arm = "routeV"
+control = ["placebo_matched"]
+outcome = "hack"
+side = "less"
+"""
+
+
+def test_a_decision_goes_on_from_records(tmp_path):
+    """The hash is stored before the first run, and in another folder the records stand for the runs."""
+    pytest.importorskip("duckdb")
+    (tmp_path / "decision.toml").write_text(DECISION)
+    written = read_decision(tmp_path / "decision.toml")
+    more = {"cfg": written.base(), "arms": written.arms, "seeds": written.seeds, "prereg": written}
+    out, records = tmp_path / "out", tmp_path / "records"
+    seen = []
+
+    def stops(jobs, *rest):
+        seen.append(json.loads((out / "plan.json").read_text())["decision_sha256"])
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decide_module, "run_jobs", stops)
+        run(out, records=records, **more)
+    assert seen == [written.sha256] and not list(records.glob("*-s0"))
+    assert run(out, records=records, **more)[0] == 0
+    assert sorted(path.name for path in records.iterdir()) == [
+        "base.json", "decision.toml", "placebo_matched-s0", "plan.json", "routeV-s0",
+    ]  # fmt: skip
+    again = tmp_path / "again"
+    code, text = run(again, records=records, **more)
+    assert code == 0 and "Preregistered" in text
+    assert (again / "decision.json").read_bytes() == (out / "decision.json").read_bytes()
+    assert not (again / "routeV-s0" / "adapter.safetensors").exists()
+    assert read_jsonl(again / "routeV-s0" / "verdicts.jsonl") == read_jsonl(out / "routeV-s0" / "verdicts.jsonl")
+    # One of the records is gone: that run is made again, and follows the unpacked one.
+    shutil.rmtree(records / "placebo_matched-s0")
+    assert run(tmp_path / "third", records=records, **more)[0] == 0
+    assert (tmp_path / "third" / "decision.json").read_bytes() == (out / "decision.json").read_bytes()
+    assert (records / "placebo_matched-s0").is_dir()
+    # Other decisions, and what else is in the way.
+    (tmp_path / "decision.toml").write_text(DECISION + "# afterthought")
+    other = more | {"prereg": read_decision(tmp_path / "decision.toml")}
+    for folder, said in ((out, "in use by another experiment"), (tmp_path / "fresh", "another --records")):
+        with pytest.raises(UserError, match=said):
+            run(folder, records=records, **other)
+    (records / "plan.json").unlink()
+    with pytest.raises(UserError, match="something else than records"):
+        run(tmp_path / "fourth", records=records, **more)
+    for place in (out, out / "records", tmp_path):
+        with pytest.raises(UserError, match="lie in each other"):
+            run(out, records=place, **more)
+
+
+def test_a_record_that_fails_stops_no_run(tmp_path, monkeypatch):
+    def fails(run, record):
+        raise RunFailed("the disk is full")
+
+    pytest.importorskip("duckdb")
+    monkeypatch.setattr(decide_module, "pack", fails)
+    code, _ = run(tmp_path / "out", records=tmp_path / "records", arms=("none", "absorb"))
+    assert code == 1 and all((tmp_path / "out" / f"{arm}-s0" / "eval.json").is_file() for arm in ("none", "absorb"))

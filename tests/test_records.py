@@ -100,9 +100,12 @@ def test_what_is_in_the_way_stays(made, tmp_path):
 
 
 def test_column_types():
-    rows = [{"a": 1, "b": None, "c": True, "d": ["x"]}, {"a": 2.5, "b": None, "c": False, "e": "2026-01-01", "f": {}}]
-    want = {"a": "DOUBLE", "b": "BOOLEAN", "c": "BOOLEAN", "d": "VARCHAR[]", "e": "VARCHAR", "f": "JSON"}
+    rows = [{"a": 1, "b": None, "c": True, "d": ["x"]}, {"a": 2.5, "b": None, "c": False, "e": "2026-01-01"}]
+    want = {"a": "DOUBLE", "b": "BOOLEAN", "c": "BOOLEAN", "d": "VARCHAR[]", "e": "VARCHAR"}
     assert column_types(rows) == want
+    for mixed in ({"a": {}}, {"a": "1"}, {"a": True}):
+        with pytest.raises(ValueError, match="no column holds"):
+            column_types([*rows, mixed])
 
 
 # What is read back: runs, wherever they are, and a page about them.
@@ -119,7 +122,7 @@ def test_runs_are_found_wherever_they_are(made):
     assert without_empty(record.rollouts()) == without_empty(run.rollouts())
     rows = run.evaluated("heldout_deploy")
     assert len(rows) == preset("smoke").eval_rollouts and all(row["verdict_compiled"] in (True, False) for row in rows)
-    assert np.nanmean(hits(record, "solve", "heldout_deploy")) == run.cells["heldout_deploy"]["solve"]["mean"]
+    assert np.nanmean(hits(record, "solve", "heldout_deploy")[1]) == run.cells["heldout_deploy"]["solve"]["mean"]
 
 
 def test_what_cannot_be_read_is_named(made, tmp_path):
@@ -147,6 +150,32 @@ def test_a_page_about_one_run(made, tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{kind}" for name in ("plane", "restore", "training", "modes") for kind in ("svg", "png")
     }
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("steps.jsonl", '{"lr": 1}\n'),
+        ("steps.jsonl", "3\n"),
+        ("rollouts.jsonl", "junk\n"),
+        ("verdicts.jsonl", ""),
+        ("eval.json", '{"cells": {}}'),
+        ("eval.json", "[]"),
+        ("provenance.json", "[]"),
+        ("timing.json", "[]"),
+    ],
+)
+def test_a_damaged_run_is_left_out(made, tmp_path, file, text):
+    shutil.copytree(made / "run", tmp_path / "bad-s0")
+    shutil.copytree(made / "record", tmp_path / "routeV-s0")
+    (tmp_path / "bad-s0" / file).write_text(text)
+    runs, unread = find([tmp_path])
+    assert [run.name for run in runs] == ["routeV-s0"] and "is damaged" in unread[tmp_path / "bad-s0"]
+
+
+def test_a_page_replaces_no_record(made, tmp_path):
+    with pytest.raises(UserError, match="ends in .html"):
+        report([made / "run"], made / "run" / "config.json", None, Console(file=io.StringIO()))
 
 
 def test_a_page_about_half_a_run(made, tmp_path):
@@ -203,6 +232,11 @@ def test_publish(made, tmp_path):
         assert sha256((tmp_path / "set" / name).read_bytes()).hexdigest() == digest
     with pytest.raises(UserError, match="in use"):
         publish([made / "run"], tmp_path / "set", Console(file=io.StringIO()))
+    shutil.copytree(made / "run", tmp_path / "own")
+    for out in (tmp_path / "own", tmp_path / "own" / "set", tmp_path):
+        with pytest.raises(UserError, match="overlap"):
+            publish([tmp_path / "own"], out, Console(file=io.StringIO()), force=True)
+    assert (tmp_path / "own" / "eval.json").is_file()
 
 
 def test_every_field_has_a_meaning(made):
@@ -217,7 +251,7 @@ def test_the_rollouts_of_a_page(made):
     rows = runs[0].rollouts()
     held = json.loads(gzip.decompress(base64.b64decode(explorer.packed(explorer.table(runs)))))
     columns = held["columns"]
-    assert held["every"] == 1 and len(columns["id"]) == len(rows)
+    assert held["every"] == 1 and held["whole"] and len(columns["id"]) == len(rows)
     for i, row in enumerate(rows):
         prompt = held["prompts"][columns["prompt"][i]]
         assert held["texts"][columns["text"][i]] == row["text"] and held["ids"][columns["id"][i]] == row["id"]
@@ -227,7 +261,12 @@ def test_the_rollouts_of_a_page(made):
         assert columns["step"][i] == row.get("step") and held["problems"][row["problem"]]["canonical"]
     few = explorer.table(runs, limit=2 * explorer.step_size(runs[0]) + runs[0].cfg.eval_rollouts)
     steps = [step for step in few["columns"]["step"] if step is not None]
-    assert few["every"] == 2 and set(steps) == {0, 2} and len(steps) == 2 * explorer.step_size(runs[0])
+    assert (
+        few["every"] == 2
+        and not few["whole"]
+        and set(steps) == {0, 2}
+        and len(steps) == 2 * explorer.step_size(runs[0])
+    )
     assert few["phases"] == ["train", "eval:heldout_deploy"]
 
 

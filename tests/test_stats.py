@@ -63,6 +63,13 @@ def test_effects_by_hand():
     assert cliffs_delta([1, 2], [2, 3]) == pytest.approx(-0.75)
 
 
+def test_what_is_no_difference_of_seeds():
+    with pytest.raises(ValueError, match="not a finite number"):
+        sign_flip([0.1, np.nan, 0.2], "greater")
+    with pytest.raises(ValueError, match="different seeds or problems"):
+        bootstrap(np.zeros((2, 4, 1)), np.zeros((2, 8, 1)))
+
+
 def test_rates_leave_out_missing_samples():
     hits = np.array([[[1, 0], [1, np.nan]], [[0, 0], [1, 1]]])
     assert rates(hits).tolist() == [0.75, 0.5]
@@ -111,6 +118,7 @@ def test_leakage():
     assert leakage(shares, hack, 0.15) == pytest.approx((0.25, 0.5))  # a flat part says only so much
     assert leakage(shares, hack, -0.1) == (0, 0) and leakage(shares, hack, 0.9) == (1, 1)
     assert leakage(shares[::-1], hack[::-1], 0.375) == pytest.approx((0.75, 0.75))
+    assert leakage([0, 1, 0, 1], [0.1, 0.5, 0.0, 0.6], 0.3) == leakage([1, 0, 0, 1], [0.6, 0.0, 0.1, 0.5], 0.3)
 
 
 def test_distance_off_a_line():
@@ -118,6 +126,9 @@ def test_distance_off_a_line():
     assert below_line((0.5, 0.0), line) == pytest.approx(0.3)  # solves more than the line ever does
     assert below_line((0.25, 0.3), line) == pytest.approx(0.05)  # under it
     assert below_line((0.25, 0.7), line) < 0 and below_line((0.1, 0.2), line) == pytest.approx(-0.1)
+    assert below_line((0.31, 0.95), line) == pytest.approx(0.01) and below_line((0.0, 0.0), line) == pytest.approx(0)
+    folded = [(0.35, 0.05), (0.45, 0.2), (0.2, 0.8)]
+    assert below_line((0.3, 0.4), folded) < 0
     assert below_line((0.3, 0.6), line) == pytest.approx(0) and below_line((0.2, 0.2), line) == pytest.approx(0)
     assert below_line((0.2, 0.0), [(0.2, 0.0), (0.2, 0.0)]) == pytest.approx(0)
 

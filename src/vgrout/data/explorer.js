@@ -170,6 +170,7 @@ const Explorer = (() => {
         show(i, true);
         break;
       }
+    if (open < 0 || place(open) !== wanted) el("x-detail").replaceChildren(make("p", "soft", `${wanted} is not in this page: vgrout view has every rollout.`));
     el("rollouts").scrollIntoView();
   }
 

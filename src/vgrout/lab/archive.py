@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vgrout.lab.checkpoint import replace_file
-from vgrout.lab.record import RESTORED, claim_folder, finished, read_jsonl, weights_sha256
+from vgrout.lab.record import RESTORED, check_folder, claim_folder, finished, read_jsonl, weights_sha256
 from vgrout.types import RunFailed, UserError
 
 RUN, STEPS, ROLLOUTS = "run.json", "steps.parquet", "rollouts.parquet"
@@ -36,6 +36,13 @@ def database():
     except ImportError:
         raise UserError("records need duckdb: pip install 'vgrout[report]'") from None
     return duckdb.connect(config={"threads": "1"})
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """What duckdb raises."""
+    import duckdb
+
+    return (duckdb.Error,)
 
 
 def quoted(text: object) -> str:
@@ -56,12 +63,14 @@ def _sql(types: set[type]) -> str:
     for kinds, name in (({bool}, "BOOLEAN"), ({int}, "BIGINT"), ({int, float}, "DOUBLE"), ({str}, "VARCHAR")):
         if types <= kinds:
             return name
-    return "VARCHAR[]" if types == {list} else "JSON"
+    if types == {list}:
+        return "VARCHAR[]"
+    raise ValueError(f"no column holds {', '.join(sorted(kind.__name__ for kind in types))} together")
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], out: Path, level: int = LEVEL) -> None:
     """Rows of equal or different fields as Parquet, in their order."""
-    types = column_types(rows)
+    types = column_types(rows) or {"step": "BIGINT"}
     with TemporaryDirectory() as folder, database() as db:
         lines = Path(folder) / "rows.jsonl"
         lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,8 +129,9 @@ def pack(run: Path, out: Path) -> None:
         replace_file(part / RUN, json.dumps(said, separators=(",", ":")) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(part, out)
-    except OSError as error:
-        raise RunFailed(f"cannot write the record {out}: {error.strerror or error}") from None
+    except (OSError, ValueError, LookupError, *faults()) as error:
+        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise RunFailed(f"cannot write the record {out}: {said}") from None
 
 
 def _digest(path: Path) -> str:
@@ -134,6 +144,7 @@ def read_record(record: Path) -> dict[str, Any]:
         said = json.loads((record / RUN).read_text())
         damaged = [name for name in TABLES if _digest(record / name) != said["sha256"][name]]
         whole = all(isinstance(said[name], dict) for name in KEPT) and isinstance(said["weights_sha256"], str)
+        whole = whole and isinstance(said["evals"], list)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} is no whole record of a run: {type(error).__name__}: {error}") from None
     if damaged or not whole:
@@ -145,8 +156,11 @@ def unpack(record: Path, run: Path) -> None:
     """The folder of the run, as `pack` found its logs. Raises UserError where the record is damaged or `run` in use,
     RunFailed where it cannot be written."""
     said = read_record(record)
-    claim_folder(run, force=False)
+    check_folder(run, force=False)
+    whole, run = run, run.with_name(f".{run.name}.part")  # a folder that is half there would be taken for a run
     try:
+        shutil.rmtree(run, ignore_errors=True)
+        claim_folder(run, force=False)
         _write_lines(run / "steps.jsonl", read_steps(record))
         rollouts, verdicts = [], []
         for row in read_rollouts(record):
@@ -164,6 +178,9 @@ def unpack(record: Path, run: Path) -> None:
                 replace_file(run / f"{name}.json", json.dumps(said[name], indent=2) + "\n")
         replace_file(run / RESTORED, json.dumps({"weights_sha256": said["weights_sha256"]}) + "\n")
         replace_file(run / "eval.json", json.dumps(said["eval"], indent=2) + "\n")
+        if whole.exists():  # empty, or ours and empty
+            shutil.rmtree(whole)
+        os.replace(run, whole)
     except OSError as error:
         raise RunFailed(f"cannot unpack {record}: {error.strerror or error}") from None
 

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
+from vgrout.faults import warn
 from vgrout.lab.archive import database, pack, read_record, unpack
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
@@ -40,7 +41,7 @@ from vgrout.lab.record import check_folder, claim_folder, finished, last_record,
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
-from vgrout.types import UserError
+from vgrout.types import RunFailed, UserError
 
 PLAN, DECISION, BASE_FILE = "plan.json", "decision.toml", "base.json"
 BASE = "base model"
@@ -210,10 +211,11 @@ def run_jobs(
     workers: int,
     console: Console,
     idle: Callable[[], object] = lambda: None,
-    done: Callable[[str], object] = lambda name: None,
+    done: Callable[[str], int] = lambda name: 0,
 ) -> dict[str, int]:
     """Run all jobs that are not finished, `workers` at a time, with live progress. Exit code of each by name. `idle` is
-    called once, when a worker has nothing left to do; `done` with the name of each run that finished.
+    called once, when a worker has nothing left to do; `done` with the name of each run that finished: it says whether
+    what was to be done then failed.
 
     A signal goes on to the runs, which keep their state; then Interrupted is raised again.
     """
@@ -261,7 +263,7 @@ def run_jobs(
                     bars.update(tasks[name], note=note)
                     del live[name]
                     if not codes[name]:
-                        done(name)
+                        codes[name] = done(name)
         except BaseException as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGTERM
             for _, process, _, _ in live.values():
@@ -504,15 +506,18 @@ def decide(
             console.print(f"deviates from the decision: {change}", style="yellow", markup=False, soft_wrap=True)
     if records:
         database().close()  # what is missing is said before anything runs
+        here, there = out.resolve(), records.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise UserError(f"{records} and {out} lie in each other: give another --records")
     if not goes_on:
         claim_folder(out, force=force)
     with one_writer(out):
         if goes_on:
             check_same(out, whole)
         else:
-            replace_file(out / PLAN, json.dumps(whole, indent=2) + "\n")
             if prereg:
                 replace_file(out / DECISION, prereg.text)
+            replace_file(out / PLAN, json.dumps(whole, indent=2) + "\n")
         if records:
             take_records(jobs, out, records, whole, prereg)
         console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
@@ -548,17 +553,20 @@ def take_records(
     jobs: Sequence[Job], out: Path, records: Path, whole: Mapping[str, Any], prereg: Preregistered | None
 ) -> None:
     """Unpack the records of runs that `out` does not have, and keep those of runs that it has. Raises UserError where
-    `records` holds those of another experiment, or one is damaged."""
+    `records` holds something else than records of this experiment, or one is damaged."""
     try:
         if (records / PLAN).is_file():
             check_same(records, whole, "another --records")
+        elif records.exists() and any(records.iterdir()):
+            raise UserError(f"{records} holds something else than records of an experiment: give another --records")
         else:
             records.mkdir(parents=True, exist_ok=True)
-            replace_file(records / PLAN, json.dumps(whole, indent=2) + "\n")
             if prereg:
                 replace_file(records / DECISION, prereg.text)
-        if (records / BASE_FILE).is_file() and not (out / BASE_FILE).is_file():
-            replace_file(out / BASE_FILE, (records / BASE_FILE).read_text())
+            replace_file(records / PLAN, json.dumps(whole, indent=2) + "\n")
+        for there, here in ((records, out), (out, records)):
+            if (there / BASE_FILE).is_file() and not (here / BASE_FILE).is_file():
+                replace_file(here / BASE_FILE, (there / BASE_FILE).read_text())
     except OSError as error:
         raise UserError(f"cannot use {records}: {error.strerror}") from None
     for job in jobs:
@@ -568,9 +576,9 @@ def take_records(
         elif record.exists() and not finished(run):
             told = read_record(record)["config"]
             if other := differences(told, {**asdict(job.cfg), "yoke": told.get("yoke")}):
-                raise UserError(
-                    f"{record} is of a run with other {', '.join(other)}: remove it, or give other --records"
-                )
+                raise UserError(f"{record} is of a run with other {', '.join(other)}: give other --records")
+            if run.exists():
+                raise UserError(f"{run} was begun, and its record is there: remove the folder to go on from the record")
             unpack(record, run)
 
 
@@ -585,7 +593,17 @@ def _decide(
     records: Path | None,
 ) -> int:
     begun = time.monotonic()
-    record = (lambda name: pack(out / name, records / name)) if records else (lambda name: None)
+
+    def record(name: str) -> int:
+        """Keep a run's record; where that fails the other runs go on, and the same command tries again."""
+        try:
+            if records:
+                pack(out / name, records / name)
+        except (UserError, RunFailed) as error:
+            warn(str(error))
+            return 1
+        return 0
+
     codes = run_jobs(jobs, out, workers, console, lambda: base_evaluation(base, out, console, records), record)
     base_cells = base_evaluation(base, out, console, records)  # read again, or made where no worker was idle
     result = decision(jobs, out, base, base_cells, provenance) | ({"not_run": dict(unable)} if unable else {})

@@ -39,17 +39,17 @@ class Texts:
         return list(self.place)
 
 
-def chosen(runs: Sequence[Run], limit: int) -> tuple[Callable[[dict], bool], int]:
+def chosen(runs: Sequence[Run], limit: int) -> tuple[Callable[[dict], bool], int, bool]:
     """Which rollouts fit into a page, and how many steps of training are skipped from one shown to the next: those of
     the evaluation of what ships on held-out markers, and all of every `n`-th step of training; every rollout where they
-    fit."""
+    fit, which the last says."""
     every = sum(sum(step_size(run) for _ in run.steps) for run in runs)
     cells = sum(len(run.cells) * run.cfg.eval_rollouts for run in runs if run.cells is not None)
     if every + cells <= limit:
-        return lambda row: True, 1
+        return lambda row: True, 1, True
     kept = sum(run.cfg.eval_rollouts for run in runs if run.cells is not None)
     n = max(1, -(-every // max(1, limit - kept)))
-    return lambda row: row["step"] % n == 0 if row["phase"] == "train" else row["phase"] == f"eval:{HEADLINE}", n
+    return lambda row: row["step"] % n == 0 if row["phase"] == "train" else row["phase"] == f"eval:{HEADLINE}", n, False
 
 
 def step_size(run: Run) -> int:
@@ -58,7 +58,7 @@ def step_size(run: Run) -> int:
 
 def table(runs: Sequence[Run], limit: int = LIMIT) -> dict[str, Any]:
     """Columns, one entry per rollout, and what their numbers stand for."""
-    fits, every = chosen(runs, limit)
+    fits, every, whole = chosen(runs, limit)
     prompts, texts, phases, zones, ids = (Texts() for _ in range(5))
     names: tuple[str, ...] = (
         "run",
@@ -104,6 +104,7 @@ def table(runs: Sequence[Run], limit: int = LIMIT) -> dict[str, Any]:
         "flags": FLAGS,
         "trains": TRAINS,
         "every": every,
+        "whole": whole,
         "columns": columns,
     }
 

@@ -16,7 +16,7 @@ from vgrout.config import Config, mistyped, preset
 from vgrout.lab.grid import named
 from vgrout.types import UserError
 
-OUTCOMES = ("hack", "solve", "attempted", "compile")
+BASE = "base model"  # a control that is no arm: the untrained model
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ TABLES = {"primary": Claim, "secondary": Claim, "equivalence": Sameness, "conclu
 
 
 def _decision(said: Mapping[str, Any], raw: bytes) -> Decision:
+    if said.keys() & {"text", "sha256"}:
+        raise UserError("unknown fields text, sha256")
     plain = {"settings": {}, **{key: value for key, value in said.items() if key not in TABLES}}
     lists = {}
     for name, kind in TABLES.items():
@@ -169,8 +171,12 @@ def _check(made: Decision) -> None:
     for test in tests:
         solve = getattr(test, "solve", None)
         used = {test.arm, *test.control, *(solve.control if solve else ())}
-        if strange := sorted(used - labels):
+        if BASE in used and (test.control != (BASE,) or test.modes != "all" or solve):
+            raise UserError(f"{test.name}: {BASE} is a control of its own, on all modes")
+        if strange := sorted(used - labels - {BASE}):
             raise UserError(f"{test.name}: {', '.join(strange)} is not among the arms")
+        if test.arm in (*test.control, *(solve.control if solve else ())):
+            raise UserError(f"{test.name}: {test.arm} is its own control")
         if not test.control or (solve and not solve.control):
             raise UserError(f"{test.name}: name a control")
         for margin in (getattr(test, "margin", None), solve and solve.margin):

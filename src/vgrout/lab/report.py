@@ -13,13 +13,12 @@ from rich.console import Console
 
 from vgrout.lab import explorer, stats
 from vgrout.lab.checkpoint import replace_file
-from vgrout.lab.claims import Finding, conclusions, findings, hits, verified
-from vgrout.lab.decide import BASE_FILE, COSTS, DECISION, passes
+from vgrout.lab.claims import Finding, base_cells, conclusions, experiment, findings, hits, is_decided
+from vgrout.lab.decide import COSTS, PLAN, passes
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.figures import Figure, altair, drawn, labels, shrinkage
-from vgrout.lab.prereg import Decision
 from vgrout.lab.run import pairs_note, sandbox_note
-from vgrout.lab.runs import Run, find
+from vgrout.lab.runs import Run, find, is_run
 from vgrout.lab.tables import can_write
 from vgrout.types import UserError
 
@@ -60,8 +59,8 @@ def _row(label: str, runs: Sequence[Run], lines: Mapping[int, Line]) -> dict[str
         row[key] = _text(_mean(values), scale=100)
         row[f"{key}_seeds"] = " ".join(_text(v, scale=100) for v in values)
         row[f"{key}_interval"] = ""
-        if key in ("hack", "solve") and done:
-            low, high = stats.bootstrap(stats.stacked([hits(run, what, HEADLINE, "all") for run in done]))
+        if key in ("hack", "solve") and len(done) >= stats.LEAST:
+            low, high = stats.bootstrap(stats.stacked([hits(run, what, HEADLINE)[1] for run in done]))
             row[f"{key}_interval"] = f"[{100 * low:.0f}, {100 * high:.0f}]"
     return row
 
@@ -84,7 +83,7 @@ def _told(f: Finding) -> list[dict[str, Any]]:
                 "name": f.name if part is f else f"{f.name}, solve",
                 "says": part.says,
                 "shown": f.shown,
-                "verdict": "" if part is not f else {True: "shown", False: "not shown", None: f.why}[f.shown],
+                "verdict": {True: "shown", False: "not shown", None: f.why}[f.shown] if part is f else "",
                 "seeds": len(part.seeds),
                 "mean": signed["mean"],
                 "interval": "-" if part.low is None else f"[{signed['low']}, {signed['high']}]",
@@ -125,18 +124,10 @@ def _provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return out
 
 
-def _beside(paths: Sequence[Path], name: str) -> Path | None:
-    """A file of the experiment that the runs belong to: in one of the folders given, or above a run given."""
-    places = [folder for path in paths for folder in (path, path.parent)]
-    return next((folder / name for folder in places if (folder / name).is_file()), None)
-
-
-def _decision(paths: Sequence[Path], runs: Sequence[Run]) -> tuple[Decision, list[Finding], list[str]] | None:
-    file = _beside(paths, DECISION)
-    if file is None:
-        return None
-    decision, deviations = verified(file.parent)
-    return decision, findings(decision, runs), deviations
+def _home(paths: Sequence[Path]) -> Path | None:
+    """The folder of the experiment that the runs belong to: one that was given, or the one around a run that was."""
+    places = [path.parent if is_run(path) else path for path in paths]
+    return next((folder for folder in places if (folder / PLAN).is_file()), None)
 
 
 def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[Figure], dict[Path, str]]:
@@ -150,8 +141,8 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
     runs, unread = find(paths)
     if not any(run.steps for run in runs):
         raise UserError(f"no run in {', '.join(map(str, paths))} has done a step yet")
-    file = _beside(paths, BASE_FILE)
-    base = json.loads(file.read_text())["cells"] if file else None
+    home = _home(paths)
+    base = base_cells(home) if home else None
     figures = drawn(runs, base)
     done = [run for run in runs if run.oracle]
     lines = {run.seed: line for run in done if (line := shrinkage(done, base, run.seed))}
@@ -162,16 +153,17 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
     notes += [text for run in runs if (text := sandbox_note(run.provenance))][:1]
     notes += [text for run in runs if (text := pairs_note(run.provenance))][:1]
     told: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
-    if (written := _decision(paths, runs)) is not None:
-        decision, found, deviations = written
-        told |= {"title": decision.question, "decision": decision, "deviations": deviations}
+    if home is not None and is_decided(home):
+        made = experiment(home, runs)
+        decision, found = made.decision, findings(made)
+        told |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
         told |= {"conclusions": conclusions(decision, found), "findings": [row for f in found for row in _told(f)]}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     text = (files("vgrout") / "data" / TEMPLATE).read_text()
     markup = jinja2.utils.markupsafe.Markup
     held = explorer.table(runs, limit)
     every, count = held["every"], len(held["columns"]["run"])
-    which = "Every rollout" if every == 1 else f"Of training one step in {every}; of the final evaluation what ships"
+    which = "Every rollout" if held["whole"] else f"Of training one step in {every}; of the final evaluation what ships"
     html = environment.from_string(text).render(
         **told,
         explorer={
@@ -181,7 +173,7 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
         },
         arms=list(by_arm),
         seeds=seeds,
-        few_seeds=len(seeds) < stats.LEAST,
+        few_seeds=any(sum(run.oracle for run in own) < stats.LEAST for own in by_arm.values()),
         unfinished=[run.name for run in runs if run.cells is None],
         notes=notes,
         table=[_row(label, own_runs, lines) for label, own_runs in by_arm.items()],
@@ -199,6 +191,8 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
 def report(paths: Sequence[Path], out: Path, figures_to: Path | None, console: Console) -> int:
     """Write the page, and each figure as SVG and PNG where `figures_to` is given. Returns 1 where a run could not be
     read. Raises UserError."""
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"{out}: give a file that ends in .html")
     can_write(out)
     if figures_to is not None and figures_to.exists() and not figures_to.is_dir():
         raise UserError(f"{figures_to} is a file: give a folder for the figures")

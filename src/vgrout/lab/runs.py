@@ -11,7 +11,8 @@ from typing import Any
 
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.lab.archive import RUN, is_record, read_record, read_rollouts, read_steps, with_verdicts
+from vgrout.lab.archive import RUN, VERDICT, is_record, read_record, read_rollouts, read_steps, with_verdicts
+from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.given import access
 from vgrout.lab.record import finished, read_jsonl, weights_sha256
 from vgrout.types import UserError
@@ -72,9 +73,32 @@ def _evaluated(folder: Path, phase: str) -> tuple[dict, ...]:
 def read_run(folder: Path) -> Run:
     """Raises UserError where `folder` is neither a run nor a record, or is damaged."""
     try:
-        return _record(folder) if (folder / RUN).is_file() else _run(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        run = _record(folder) if (folder / RUN).is_file() else _run(folder)
+        _check(run)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, ImportError) as error:
         raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    return run
+
+
+def _check(run: Run) -> None:
+    """Raises what the wrong shape of a log raises: a page about many runs leaves the damaged ones out."""
+    known = ARMS[run.cfg.arm]
+    if not all(isinstance(part, dict) for part in (run.provenance, run.seconds, run.scales)):
+        raise TypeError("a part of it is no JSON object")
+    for step in run.steps:
+        step["step"] + 1, step.get("m_hack")
+    if run.cells is None:
+        return
+    for name in ("heldout_full", HEADLINE):
+        rates = run.cells[name]
+        if run.oracle:
+            shown = rates["hack"]["n"], len(run.evaluated(name.removeprefix("eval:")))
+            if shown[0] != shown[1]:
+                raise ValueError(f"{shown[1]} of {shown[0]} rollouts of {name} are there, for {known.name}")
+    for row in run.evaluated(HEADLINE) if run.oracle else ():
+        row["problem"], row["prompt"], row["text"], row["source"], row["reward"], row["id"]
+        if not isinstance(row[VERDICT + "hacked"], bool):
+            raise ValueError(f"rollout {row['id']} has no verdict")
 
 
 def _label(folder: Path, cfg: Config) -> str:
@@ -119,15 +143,16 @@ def _record(folder: Path) -> Run:
     )
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or a record."""
     return (folder / "config.json").is_file() or (folder / RUN).is_file()
 
 
 def _inside(path: Path) -> Iterator[Path]:
-    if _is_run(path):
+    if is_run(path):
         yield path
     elif path.is_dir():
-        yield from (child for child in sorted(path.iterdir()) if child.is_dir() and _is_run(child))
+        yield from (child for child in sorted(path.iterdir()) if child.is_dir() and is_run(child))
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:

@@ -27,6 +27,8 @@ SLACK = 1e-9  # between rates that are equal
 def sign_flip(differences: Values, side: Side) -> float:
     """Exact p of the mean: the share of the 2^n choices of signs whose mean is as extreme. Assumes that differences
     are as likely up as down where there is no effect."""
+    if not np.isfinite(np.asarray(differences, float)).all():
+        raise ValueError("a difference is not a finite number")
     every = {"permutation_type": "samples", "n_resamples": np.inf, "vectorized": True}
     return float(stats.permutation_test((np.asarray(differences, float),), np.mean, alternative=side, **every).pvalue)
 
@@ -85,12 +87,14 @@ def rates(hits: Hits) -> Float[np.ndarray, S]:
     return np.nanmean(hits, axis=2).mean(axis=1)
 
 
-def bootstrap(arm: Hits, control: Hits | None = None, seed: int = 0) -> tuple[float, float]:
+def bootstrap(arm: Hits, control: Float[np.ndarray, "_ _ _"] | None = None, seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of the mean rate over seeds, or of the difference of two arms, by the hierarchical bootstrap:
     seeds, problems within a seed, samples within a problem. Arms share the drawn seeds and problems, and may differ in
     their samples."""
     rng = np.random.default_rng(seed)
     seeds, problems, _ = arm.shape
+    if control is not None and control.shape[:2] != arm.shape[:2]:
+        raise ValueError("arms have different seeds or problems")
     parts = [((~np.isnan(hits)).sum(2), np.nanmean(hits, axis=2)) for hits in (arm, control) if hits is not None]
     means = []
     for _ in range(DRAWS):
@@ -122,8 +126,9 @@ def restricted_mean(times: Values, seen: Sequence[bool], horizon: float) -> floa
 def leakage(shares: Sequence[float], hack: Sequence[float], observed: float) -> tuple[float, float]:
     """Which shares of hacks allowed to train would explain an observed hack rate: the least and the largest, on the
     isotonic fit of measured rates with straight lines between them; the ends of the scale where it is out of range."""
-    order = np.argsort(shares, kind="stable")
-    x, y = np.asarray(shares, float)[order], isotonic_regression(np.asarray(hack, float)[order]).x
+    x, place, counts = np.unique(np.asarray(shares, float), return_inverse=True, return_counts=True)
+    means = np.bincount(place, weights=np.asarray(hack, float)) / counts
+    y = isotonic_regression(means, weights=counts).x
     if observed < y[0] - SLACK or observed > y[-1] + SLACK:
         end = float(x[0] if observed < y[0] else x[-1])
         return end, end
@@ -135,14 +140,19 @@ def leakage(shares: Sequence[float], hack: Sequence[float], observed: float) -> 
 
 
 def below_line(point: tuple[float, float], line: Sequence[tuple[float, float]]) -> float:
-    """How far a point lies off a line of (solve, hack) points, in their unit: positive where the line has more hacking
-    at this much solving, or never solves so much; the distance to the nearest point of the line."""
-    p, ends = np.asarray(point, float), np.asarray(line, float)
-    starts, steps = ends[:-1], np.diff(ends, axis=0)
-    squares = np.maximum((steps**2).sum(1), 1e-18)
-    along = np.clip(((p - starts) * steps).sum(1) / squares, 0, 1)
-    distance = float(np.linalg.norm(starts + along[:, None] * steps - p, axis=1).min())
-    order = np.argsort(ends[:, 0], kind="stable")
-    x, y = ends[order].T
-    less = point[0] > x[-1] or point[1] < np.interp(point[0], x, y)
-    return distance if less else -distance
+    """How far a point (solve, hack) lies off what a line reaches, in their unit. The line reaches its points, those
+    down to a model that does nothing, and all that is no better: no more solving, no less hacking. Positive outside of
+    that region: the distance to it; negative inside: the distance to its edge."""
+    solve, hack = point
+    path = np.asarray([(0.0, 0.0), *line], float)
+    share = np.linspace(0, 1, 201)[:, None]
+    dense = np.concatenate([a + share * (b - a) for a, b in zip(path, path[1:], strict=False)] or [path])
+    behind = np.maximum(solve - dense[:, 0], 0), np.maximum(dense[:, 1] - hack, 0)
+    outside = float(np.hypot(*behind).min())
+    if outside > SLACK:
+        return outside
+    # Inside, the edge is as far as one has to move right and down until no point of the line is as good.
+    edge = [(s, min(dense[dense[:, 0] >= s - SLACK, 1])) for s in np.unique(dense[:, 0])]
+    right = max((s for s, h in edge if h <= hack + SLACK), default=solve) - solve
+    down = hack - min((h for s, h in edge if s >= solve - SLACK), default=hack)
+    return -float(max(0.0, min(right, down)))

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from vgrout.lab.checkpoint import replace_file
 from vgrout.types import UserError
@@ -26,7 +27,7 @@ def number_table(title: str, caption: str, head: Sequence[str], rows: Sequence[S
         widest = max(len(text) for text in [*name.split(), *(row[i] for row in rows)])
         table.add_column(name, justify="left" if i < texts else "right", min_width=widest)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # what stands in a cell is no markup
     return table
 
 

@@ -79,6 +79,8 @@ def ask(paths: Sequence[Path], query: str, out: Path | None, console: Console) -
                 db.execute(f"COPY ({query.rstrip().rstrip(';')}) TO {quoted(out)} ({kinds[out.suffix]})")
             else:
                 answer = db.execute(query)
+                if answer.description is None:
+                    raise UserError("the query has no answer: give a SELECT")
                 names, rows = [c[0] for c in answer.description], answer.fetchmany(SHOWN + 1)
         except duckdb.Error as error:
             raise UserError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
@@ -100,6 +102,9 @@ def publish(paths: Sequence[Path], out: Path, console: Console, *, force: bool =
     """A data set of runs: every step, rollout and verdict as Parquet, a card, hashes. Returns 1 where a run could not
     be read. Raises UserError, and RunFailed where it cannot be written."""
     runs, unread = find(paths)
+    for place in [path.resolve() for path in paths] + [run.folder.resolve() for run in runs]:
+        if place == out.resolve() or place in out.resolve().parents or out.resolve() in place.parents:
+            raise UserError(f"{out} and {place} overlap: give another --out")
     claim_folder(out, force=force)
     with tables(runs) as db:
         counts = {view: db.execute(f"SELECT count(*) FROM {view}").fetchone()[0] for view in VIEWS}
