@@ -8,9 +8,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after
 from vgrout.lab.evaluate import World
 from vgrout.lab.given import access, check_given, keeping, make_given
 from vgrout.lab.record import Recorder, check_folder, claim_folder, disown, finished, one_writer
+from vgrout.lab.source import code_digest
 from vgrout.loop import Training, adapted
 from vgrout.method.judge import JudgeFailed
 from vgrout.method.policy import Policy
@@ -43,7 +42,6 @@ from vgrout.signals import Interrupted, heard
 from vgrout.types import UserError
 
 MICRO = "micro"
-SOURCE = (".py", ".md", ".jsonl")  # files of the package that a run depends on, but for the organism's weights
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,6 @@ def _policy(cfg: Config) -> tuple[Policy, str]:
     model, tokenizer = load_model(cfg.model)
     weights = weights_digest(model)
     return adapted(cfg, model, tokenizer, load_pairs(cfg.pairs)), weights
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 of the package: names and content of its source, pairs and demonstrations."""
-    root, digest = Path(str(files("vgrout"))), sha256()
-    for path in sorted(path for path in root.rglob("*") if path.suffix in SOURCE):
-        digest.update(f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def pairs_facts(cfg: Config) -> dict[str, Any]:
