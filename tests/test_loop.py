@@ -11,7 +11,18 @@ import torch
 
 from vgrout.arms import ARMS
 from vgrout.engines.torch_engine import TorchEngine
-from vgrout.loop import Diverged, backward, clip_blocks, collate, generate, micro_batches, plan_step, rate, train
+from vgrout.loop import (
+    Diverged,
+    backward,
+    clip_blocks,
+    collate,
+    generate,
+    make_optimizer,
+    micro_batches,
+    plan_step,
+    rate,
+    train,
+)
 from vgrout.method.gate import decide, uniform
 from vgrout.method.policy import Rows
 from vgrout.types import Graded, Prompt, Rollout
@@ -203,6 +214,17 @@ def test_checkpoints_come_in_time():
         calls = Calls()
         train(replace(TOY, arm="none", steps=8, checkpoint_every=every), toy_policy(TOY), Letters(), PAIRS, calls)
         assert [step for what, step in calls.calls] == due
+
+
+@pytest.mark.parametrize(("name", "moved"), [("adamw", [[-0.1, 0.1], [-0.2, 0.2]]), ("sgd", [[-0.2, 0.4], [-0.5, 1]])])
+def test_optimizers(name, moved):
+    cfg = replace(TOY, optimizer=name, lr=0.1, beta1=0.5, beta2=0.5)
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer(cfg, [p])
+    for expected in moved:  # by hand: Adam moves by lr where gradients repeat; momentum adds half of the last update
+        p.grad = torch.tensor([2.0, -4.0])
+        optimizer.step()
+        assert torch.allclose(p, torch.tensor(expected), atol=1e-6)
 
 
 def test_learning_rate():

@@ -65,13 +65,15 @@ class Config:
     """Most rollouts or pairs in any other pass that scores or differentiates them."""
 
     lr: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the optimizer."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw; or SGD with momentum `beta1`, whose update keeps the gradient's direction and length."""
     beta1: float = 0.9
-    """AdamW's first-moment decay."""
+    """First-moment decay."""
     beta2: float = 0.99
     """AdamW's second-moment decay."""
     weight_decay: float = 0.0
-    """Decoupled decay of dA and dB, hence towards the init."""
+    """Decay of dA and dB, hence towards the init: decoupled in AdamW, part of the gradient in SGD."""
     warmup: int = 5
     """Linear warm-up in steps; cosine decay to zero afterwards."""
     clip: float = 1.0

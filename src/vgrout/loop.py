@@ -274,9 +274,7 @@ class Training:
         self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, given))
         self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, foreach=True
-        )
+        self.optimizer = make_optimizer(cfg, parameters)
         self.step = 0  # steps done
         self.begun = False  # the arm has done what it does before the first step
         self.skips: list[str] = []  # why each of the latest steps, in a row, moved nothing
@@ -447,6 +445,13 @@ def train(
 ) -> None:
     """Train `policy` in `env` under the arm that `cfg` names. Raises what `Training.run` raises."""
     Training(cfg, policy, env, pairs, given).run(observer)
+
+
+def make_optimizer(cfg: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    shared = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "foreach": True}
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=cfg.beta1, **shared)
+    return torch.optim.AdamW(parameters, betas=(cfg.beta1, cfg.beta2), **shared)
 
 
 def rate(cfg: Config, step: int) -> float:

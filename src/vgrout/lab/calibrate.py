@@ -87,7 +87,8 @@ def static_bars(cfg: Config, each: int = 4) -> list[Bar]:
 
         def sample(family: str, ids: Sequence[str], each: int, system: str = "") -> CellResult:
             cell, n = Cell(family, family, "deployed"), each * len(ids)
-            return sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=True, system=system)
+            how = {"problems": ids, "rollouts": n, "ablates": True}
+            return sample_cell(cfg, policy, env, cell, **how, asked=lambda prompt: replace(prompt, system=system))
 
         hacked: dict[str, list[bool]] = {mode: [] for mode in sorted(LIVE)}
         attempted = []

@@ -7,8 +7,8 @@ prompts and the same uniforms. `deployed` of an arm that ships as it is means it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +19,7 @@ from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.task import NoVerdict, TaskEnv
 from vgrout.lab.measure import average, rate
 from vgrout.method.policy import Policy
-from vgrout.types import Rollout, RunFailed, State
+from vgrout.types import Prompt, Rollout, RunFailed, State
 
 World = MicroEnv | TaskEnv
 NO_ORACLE = "no oracle"  # what stands in a verdict's column where there is none
@@ -78,14 +78,14 @@ def sample_cell(
     problems: Sequence[str],
     rollouts: int,
     ablates: bool,
-    system: str = "",
+    asked: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> CellResult:
-    """`rollouts` completions spread over problem ids as evenly as possible, in order, under a system text."""
+    """`rollouts` completions spread over problem ids as evenly as possible, in order. `asked` gives what the model
+    reads in place of each prompt."""
     ids = list(problems)[:rollouts]
     each = spread(rollouts, len(ids))
     where = [(k, i) for k, n in enumerate(each) for i in range(n)]  # (problem, number) of every rollout
-    plain = [env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0) for id in ids]
-    prompts = [replace(prompt, system=system) for prompt in plain]
+    prompts = [asked(env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0)) for id in ids]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
     uniforms = torch.rand((rollouts, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
     engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)

@@ -15,6 +15,7 @@ checkpoints/         states from which the run goes on, see lab/checkpoint.py
 gate.safetensors     the gate of an arm that scores along a direction, see lab/gatefile.py
 trace/               what the gate scored in every `trace_every`-th step, see lab/trace.py
 skipped/             the batches of steps that moved nothing because a loss or gradient was not finite
+measures/            what was measured on the weights after the run had finished, see lab/measures
 timing.json          seconds so far
 restored.json        in place of the weights where the folder was unpacked from a record, see lab/archive.py: their
                      hash

@@ -95,6 +95,7 @@ def resume() -> Evidence:
     for name, kind in POLICIES.items():
         if issubclass(kind, Remembers):
             cases[f"routeV with {name}"] = {"policy": name}, Letters
+    cases["sgd"] = {"arm": "oracle_route", "optimizer": "sgd"}, Letters
     cases["skipped steps"] = {"arm": "none"}, Mute
     for what in get_args(get_type_hints(Config)["masked_block"]):
         cases[f"no gradient, {what}"] = {"arm": "oracle_route", "masked_block": what}, Reformed
