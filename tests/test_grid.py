@@ -12,9 +12,11 @@ from vgrout.arms import ARMS, Arm, hooks
 from vgrout.arms.monitored import ACTIONS, Monitored
 from vgrout.arms.monitors import MONITORS
 from vgrout.config import preset
+from vgrout.envs.micro import LIVE
 from vgrout.lab.decide import left_out, make_jobs, plan_table
 from vgrout.lab.given import access
-from vgrout.lab.grid import GRID, ROWS, SETS, arms_table, named
+from vgrout.lab.grid import GRID, LEAKAGE, LEFT_OUT, MECHANISMS, ROWS, SEPARATION, SETS, TRAINED_ON, arms_table, named
+from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.run import check
 from vgrout.types import UserError
 
@@ -33,7 +35,7 @@ def test_sets_hold_every_arm_once():
         named(["nope"])
 
 
-@pytest.mark.parametrize("variant", GRID, ids=lambda v: v.label)
+@pytest.mark.parametrize("variant", (*GRID, *LEFT_OUT, *LEAKAGE, *SEPARATION), ids=lambda v: v.label)
 def test_a_variant_changes_what_it_says(variant):
     base = replace(MICRO, seed=3)
     cfg, plain = asdict(variant.config(base, 3)), asdict(replace(base, arm=variant.arm))
@@ -46,6 +48,15 @@ def test_a_variant_changes_what_it_says(variant):
 
 def test_the_wide_twin_has_the_rank_of_both_blocks():
     assert named(["none_wide"])[0].config(replace(MICRO, rank=5), 0).rank == 10
+
+
+def test_pairs_without_a_mechanism_lack_that_alone():
+    """Every mechanism of the micro pairs is named, so that leaving one out leaves out one."""
+    shown = modes_in_pairs("micro")
+    assert shown == set(MECHANISMS) and set(TRAINED_ON) == shown & set(LIVE)
+    for variant in LEFT_OUT:
+        gone = variant.label.removeprefix("routeV_without_")
+        assert modes_in_pairs(variant.config(MICRO, 0).pairs) == shown - {gone}
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -22,6 +22,21 @@ from vgrout.types import RunFailed, UserError
 console = Console(soft_wrap=False)
 Settings = Annotated[Config, tyro.conf.arg(name="")]
 NoPair = tyro.conf.FlagCreatePairsOff[bool]
+# Commands `vgrout lab NAME` that measure runs: from their records, and on their weights.
+READ = {
+    "restore": "what comes back with the quarantine",
+    "shrinkage": "how far arms lie off the line of a model that only learns less",
+    "onset": "when hacking begins: delay or prevention",
+    "left-out": "suppression in loopholes that were taken out of the pairs",
+    "leakage": "how much hacking an arm let through, by routing true labels of a part",
+    "separation": "which adapter separates, at which accuracy of labels",
+    "gate-windows": "the gate as a classifier over training",
+}
+MADE = {
+    "gradients": "which block learns from hacks, and absorption, at checkpoints",
+    "relearn": "how fast hacking comes back by fine-tuning and by GRPO",
+    "elicit": "what brings hacking out of what ships: invitation, a shown hack, more samples",
+}
 DEFAULT_ARMS = ("none", "absorb", "coin_flip", "placebo", "routeV", "oracle_route", "rl_baseline")
 
 
@@ -503,6 +518,38 @@ def commands(base: Config) -> dict:
         show_choice(runs, rollouts, out, console)
         return 0
 
+    def read_measure(name: str, what: str):
+        def command(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+            from vgrout.lab.measuring import show_measure
+
+            show_measure(name, runs, out, console)
+            return 0
+
+        command.__doc__ = f"""Measure {what}.
+
+        Args:
+            runs: Folders of experiments, runs or records.
+            out: Also write the table to this JSON file.
+        """
+        return command
+
+    def made_measure(name: str, what: str):
+        def command(runs: tyro.conf.Positional[tuple[Path, ...]], again: bool = False, out: Path | None = None) -> int:
+            from vgrout.lab.measuring import show_measure
+
+            with listening():
+                show_measure(name, runs, out, console, again=again)
+            return 0
+
+        command.__doc__ = f"""Measure {what}; each run once, its result is kept beside it.
+
+        Args:
+            runs: Folders of experiments, runs or records. Only runs with their weights can be measured anew.
+            again: Measure runs that have a result once more.
+            out: Also write the table to this JSON file.
+        """
+        return command
+
     return {
         "decide": decide,
         "show": show,
@@ -533,6 +580,8 @@ def commands(base: Config) -> dict:
         "lab claims": lab_claims,
         "lab frontier": lab_frontier,
         "lab gates": lab_gates,
+        **{f"lab {name}": read_measure(name, what) for name, what in READ.items()},
+        **{f"lab {name}": made_measure(name, what) for name, what in MADE.items()},
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vgrout.lab.checkpoint import replace_file
+from vgrout.lab.checkpoint import PART, replace_file
 from vgrout.lab.record import RESTORED, check_folder, claim_folder, finished, read_jsonl, weights_sha256
 from vgrout.types import RunFailed, UserError
 
@@ -26,6 +26,7 @@ RUN, STEPS, ROLLOUTS = "run.json", "steps.parquet", "rollouts.parquet"
 TABLES = (STEPS, ROLLOUTS)
 VERDICT = "verdict_"  # how columns begin that come from verdicts.jsonl
 KEPT = ("config", "provenance", "eval", "timing")  # JSON files of a run's folder
+MEASURES = "measures"  # folder of what was measured on a run's weights after it had finished
 LEVEL = 19  # of zstd: a record is written once and kept for good
 
 
@@ -80,9 +81,11 @@ def write_table(rows: Sequence[Mapping[str, Any]], out: Path, level: int = LEVEL
         db.execute(f"COPY (SELECT * FROM {source}) TO {quoted(out)} {how}")
 
 
-def _read_table(path: Path, where: str = "") -> list[dict[str, Any]]:
+def _read_table(path: Path, where: str = "", columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows with those of `columns` that there are; with all where none is named."""
+    some = f"COLUMNS(c -> list_contains([{', '.join(map(quoted, columns))}], c))" if columns else "*"
     with database() as db:
-        found = db.execute(f"SELECT * FROM read_parquet({quoted(path)}){where}")
+        found = db.execute(f"SELECT {some} FROM read_parquet({quoted(path)}){where}")
         names = [column[0] for column in found.description]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
@@ -92,9 +95,9 @@ def read_steps(record: Path) -> list[dict[str, Any]]:
     return _read_table(record / STEPS)
 
 
-def read_rollouts(record: Path, phase: str | None = None) -> list[dict[str, Any]]:
+def read_rollouts(record: Path, phase: str | None = None, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """rollouts.jsonl, of one phase or all, with the verdicts; fields that a rollout did not have are None."""
-    return _read_table(record / ROLLOUTS, "" if phase is None else f" WHERE phase = {quoted(phase)}")
+    return _read_table(record / ROLLOUTS, "" if phase is None else f" WHERE phase = {quoted(phase)}", columns)
 
 
 def with_verdicts(run: Path) -> list[dict[str, Any]]:
@@ -125,6 +128,7 @@ def pack(run: Path, out: Path) -> None:
         write_table(with_verdicts(run), part / ROLLOUTS)
         said = {name: json.loads((run / f"{name}.json").read_text()) for name in KEPT}
         said |= {"evals": read_jsonl(run / "evals.jsonl"), "weights_sha256": weights_sha256(run)}
+        said[MEASURES] = measured(run)
         said["sha256"] = {name: _digest(part / name) for name in TABLES}
         replace_file(part / RUN, json.dumps(said, separators=(",", ":")) + "\n")
         shutil.rmtree(out, ignore_errors=True)
@@ -132,6 +136,12 @@ def pack(run: Path, out: Path) -> None:
     except (OSError, ValueError, LookupError, *faults()) as error:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise RunFailed(f"cannot write the record {out}: {said}") from None
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """What was measured on a run's weights, by name."""
+    files = sorted(file for file in (run / MEASURES).glob("*.json") if not file.name.startswith(PART))
+    return {file.stem: json.loads(file.read_text()) for file in files}
 
 
 def _digest(path: Path) -> str:
@@ -176,6 +186,9 @@ def unpack(record: Path, run: Path) -> None:
         for name in KEPT:
             if name != "eval":
                 replace_file(run / f"{name}.json", json.dumps(said[name], indent=2) + "\n")
+        for name, result in said.get(MEASURES, {}).items():
+            (run / MEASURES).mkdir(exist_ok=True)
+            replace_file(run / MEASURES / f"{name}.json", json.dumps(result, indent=1) + "\n")
         replace_file(run / RESTORED, json.dumps({"weights_sha256": said["weights_sha256"]}) + "\n")
         replace_file(run / "eval.json", json.dumps(said["eval"], indent=2) + "\n")
         if whole.exists():  # empty, or ours and empty

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from vgrout.lab.evaluate import FULL, HEADLINE
+from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.labels import modes_in_pairs
+from vgrout.lab.measures.scales import restoring, shrinkage
 from vgrout.lab.runs import Run
 from vgrout.types import UserError
 
@@ -144,34 +145,18 @@ def plane(runs: Sequence[Run], base: Mapping[str, Any] | None) -> Figure | None:
     return Figure("plane", "Who hacks, and who solves", caption, _themed(chart))
 
 
-VANILLA = "none"  # whose shrinkage is the null
-
-
-def shrinkage(
-    runs: Sequence[Run], base: Mapping[str, Any] | None, seed: int | None = None
-) -> list[tuple[float, float]]:
-    """(solve, hack) of vanilla from the untrained model to what it ships, the mean over seeds or of one; empty where no
-    run measured it."""
-    own = [r for r in runs if r.label == VANILLA and r.scales.get("shrunk") and seed in (None, r.seed)]
-    if not own or not base or "hack" not in base[HEADLINE]:
-        return []
-    steps = zip(*([base[HEADLINE], *run.scales["shrunk"], run.cells[HEADLINE]] for run in own), strict=True)
-    return [(mean(c["solve"]["mean"] for c in cells), mean(c["hack"]["mean"] for c in cells)) for cells in steps]
-
-
 def restored(runs: Sequence[Run]) -> Figure | None:
     """Hack and solve while the quarantine comes back."""
-    own = [run for run in runs if run.oracle and run.scales.get("restored")]
+    own = [run for run in runs if restoring(run)]
     if not own:
         return None
     alt, tint, panels = altair(), colour(own), []
     for what in ("hack", "solve"):
-        rows = []
-        for run in own:
-            ends = [{"scale": 0.0, **run.cells[HEADLINE]}, *run.scales["restored"], {"scale": 1.0, **run.cells[FULL]}]
-            rows += [
-                {"arm": run.label, "run": run.name, "scale": c["scale"], "rate": 100 * c[what]["mean"]} for c in ends
-            ]
+        rows = [
+            {"arm": run.label, "run": run.name, "scale": c["scale"], "rate": 100 * c[what]["mean"]}
+            for run in own
+            for c in restoring(run)
+        ]
         x = alt.X("scale:Q", title="strength of the quarantine")
         y = alt.Y("rate:Q", title=f"{what}s, %", scale=alt.Scale(domain=[0, 100]))
         data = alt.Data(values=rows)

@@ -1,7 +1,7 @@
 """What `vgrout decide --arms` can name: every arm, and arms with some settings changed.
 
 `all` is one default per row of the arms' table, `all-variants` the grid: ceilings with worse labels, placebos, gate
-policies and the one-line ablations of routeV.
+policies and the one-line ablations of routeV. The other sets are what one measure of the lab needs.
 """
 
 from __future__ import annotations
@@ -104,16 +104,64 @@ GRID: tuple[Variant, ...] = (
     _routeV("unseen", "pairs of the mechanisms that are never live", section=UNSEEN),
 )  # fmt: skip
 
+# What a measure of the lab needs, arms that `none` and others are compared with among them.
+MECHANISMS = ("run_tests", "stdout_marker", "eq_override", "exit_code")  # that the micro pairs show
+TRAINED_ON = ("run_tests", "stdout_marker")  # of these, those that are live
+LEFT_OUT: tuple[Variant, ...] = tuple(
+    _routeV(
+        f"without_{mode}",
+        f"pairs of all mechanisms but {mode}",
+        section="all-in-one@" + ",".join(f"mode:{other}" for other in MECHANISMS if other != mode),
+    )
+    for mode in TRAINED_ON
+)
+LEAKAGE: tuple[Variant, ...] = tuple(
+    Variant(
+        f"oracle_route_label{percent}",
+        "oracle_route",
+        f"{percent} % of the rollouts have a label",
+        {"label_share": percent / 100},
+    )
+    for percent in (90, 75, 50, 25)
+)
+SEPARATION: tuple[Variant, ...] = (
+    *(
+        Variant(
+            f"oracle_route_{adapter}_acc{percent}",
+            "oracle_route",
+            f"in the adapter {adapter}, {percent} % of the labels are right",
+            {"adapter": adapter} | ({"label_accuracy": percent / 100} if percent < 100 else {}),
+        )
+        for adapter in ("delta_s", "frozen_b", "frozen_b_split")
+        for percent in (100, 90, 70, 50)
+    ),
+    Variant("oracle_route_acc50", "oracle_route", "labels tell nothing", {"label_accuracy": 0.5}),
+    Variant("oracle_route_sgd", "oracle_route", "under SGD with momentum", {"optimizer": "sgd"}, times={"lr": 100}),
+)
+
 SECTIONS = {"placebo_style": "nulls"}  # arms whose pairs are others than the experiment's
 ROWS: tuple[Variant, ...] = tuple(
     Variant(name, name, arm.claim, section=SECTIONS.get(name, "")) for name, arm in ARMS.items()
 )
-SETS: dict[str, tuple[Variant, ...]] = {"all": ROWS, "all-variants": (*ROWS, *GRID)}
+KNOWN: dict[str, Variant] = {v.label: v for v in (*ROWS, *GRID, *LEFT_OUT, *LEAKAGE, *SEPARATION)}
+
+
+def _with(*labels: str) -> tuple[Variant, ...]:
+    return tuple(KNOWN[label] for label in labels)
+
+
+SETS: dict[str, tuple[Variant, ...]] = {
+    "all": ROWS,
+    "all-variants": (*ROWS, *GRID),
+    "left-out": (*_with("none", "routeV"), *LEFT_OUT),
+    "leakage": (*_with("none", "oracle_route"), *LEAKAGE),
+    "separation": (*_with("none", "oracle_route", "oracle_route_acc90", "oracle_route_acc70"), *SEPARATION),
+}
 
 
 def named(names: Iterable[str]) -> list[Variant]:
     """The variants that `--arms` names, sets unfolded. Raises UserError for an unknown name."""
-    known = {variant.label: variant for variant in SETS["all-variants"]}
+    known = KNOWN
     out: list[Variant] = []
     for name in names:
         if name not in known and name not in SETS:
@@ -151,7 +199,7 @@ def arms_table(variants: bool) -> list[Table]:
     if not variants:
         return [first]
     rows = []
-    for v in GRID:
+    for v in (*GRID, *LEFT_OUT, *LEAKAGE, *SEPARATION):
         settings = [f"pairs #{v.section}"] if v.section else []
         settings += [f"{k} {_told(w)}" for k, w in v.changes.items()] + [f"{k} x {w:g}" for k, w in v.times.items()]
         settings += [f"placebo_seed + {DRAWS * v.draw}"] if v.draw else []

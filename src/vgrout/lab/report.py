@@ -14,11 +14,14 @@ from rich.console import Console
 from vgrout.lab import explorer, stats
 from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.claims import Finding, base_cells, conclusions, experiment, findings, hits, is_decided
-from vgrout.lab.decide import COSTS, PLAN, passes
+from vgrout.lab.decide import COSTS, passes
 from vgrout.lab.evaluate import HEADLINE
-from vgrout.lab.figures import Figure, altair, drawn, labels, shrinkage
+from vgrout.lab.figures import Figure, altair, drawn, labels
+from vgrout.lab.measures import MEASURES
+from vgrout.lab.measures.scales import Line, lines, off_line
+from vgrout.lab.measuring import home
 from vgrout.lab.run import pairs_note, sandbox_note
-from vgrout.lab.runs import Run, find, is_run
+from vgrout.lab.runs import Run, find
 from vgrout.lab.tables import can_write
 from vgrout.types import UserError
 
@@ -34,10 +37,10 @@ def _text(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
-def _row(label: str, runs: Sequence[Run], lines: Mapping[int, Line]) -> dict[str, Any]:
-    """A line of the arms' table: the finished runs of one arm. `lines` is vanilla's shrinkage by seed."""
+def _row(label: str, runs: Sequence[Run], known: Mapping[int, Line]) -> dict[str, Any]:
+    """A line of the arms' table: the finished runs of one arm. `known` is vanilla's shrinkage by seed."""
     done = [run for run in runs if run.oracle]
-    off = [stats.below_line(_place(run), lines[run.seed]) for run in done if run.seed in lines]
+    off = [d for run in done if (d := off_line(run, known)) is not None]
     row: dict[str, Any] = {
         "arm": label + (" *" if runs[0].reads_oracle else ""),
         "access": runs[0].access,
@@ -63,13 +66,6 @@ def _row(label: str, runs: Sequence[Run], lines: Mapping[int, Line]) -> dict[str
             low, high = stats.bootstrap(stats.stacked([hits(run, what, HEADLINE)[1] for run in done]))
             row[f"{key}_interval"] = f"[{100 * low:.0f}, {100 * high:.0f}]"
     return row
-
-
-Line = Sequence[tuple[float, float]]  # (solve, hack)
-
-
-def _place(run: Run) -> tuple[float, float]:
-    return run.cells[HEADLINE]["solve"]["mean"], run.cells[HEADLINE]["hack"]["mean"]
 
 
 def _told(f: Finding) -> list[dict[str, Any]]:
@@ -124,10 +120,21 @@ def _provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return out
 
 
-def _home(paths: Sequence[Path]) -> Path | None:
-    """The folder of the experiment that the runs belong to: one that was given, or the one around a run that was."""
-    places = [path.parent if is_run(path) else path for path in paths]
-    return next((folder for folder in places if (folder / PLAN).is_file()), None)
+def _measures(runs: Sequence[Run], base: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Every measure that these runs have something for, as the page wants it."""
+    found = [(measure, measure.of(runs, base)) for measure in MEASURES.values()]
+    return [
+        {
+            "name": measure.name,
+            "title": measure.title,
+            "note": " ".join([measure.what, *shown.notes]),
+            "head": shown.head,
+            "rows": shown.rows,
+            "texts": shown.texts,
+        }
+        for measure, shown in found
+        if shown is not None
+    ]
 
 
 def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[Figure], dict[Path, str]]:
@@ -141,11 +148,10 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
     runs, unread = find(paths)
     if not any(run.steps for run in runs):
         raise UserError(f"no run in {', '.join(map(str, paths))} has done a step yet")
-    home = _home(paths)
-    base = base_cells(home) if home else None
+    around = home(paths)
+    base = base_cells(around) if around else None
     figures = drawn(runs, base)
-    done = [run for run in runs if run.oracle]
-    lines = {run.seed: line for run in done if (line := shrinkage(done, base, run.seed))}
+    known = lines(runs, base)
     same, own = _shared(runs)
     by_arm: Mapping[str, list[Run]] = {label: [r for r in runs if r.label == label] for label in labels(runs)}
     seeds = sorted({run.seed for run in runs})
@@ -153,8 +159,8 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
     notes += [text for run in runs if (text := sandbox_note(run.provenance))][:1]
     notes += [text for run in runs if (text := pairs_note(run.provenance))][:1]
     told: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
-    if home is not None and is_decided(home):
-        made = experiment(home, runs)
+    if around is not None and is_decided(around):
+        made = experiment(around, runs)
         decision, found = made.decision, findings(made)
         told |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
         told |= {"conclusions": conclusions(decision, found), "findings": [row for f in found for row in _told(f)]}
@@ -176,8 +182,9 @@ def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[
         few_seeds=any(sum(run.oracle for run in own) < stats.LEAST for own in by_arm.values()),
         unfinished=[run.name for run in runs if run.cells is None],
         notes=notes,
-        table=[_row(label, own_runs, lines) for label, own_runs in by_arm.items()],
+        table=[_row(label, own_runs, known) for label, own_runs in by_arm.items()],
         figures=[{"name": f.name, "title": f.title, "caption": f.caption, "svg": markup(f.svg())} for f in figures],
+        measures=_measures(runs, base),
         provenance=_provenance(runs),
         shared=sorted(same.items()),
         runs=[

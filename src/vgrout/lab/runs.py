@@ -9,13 +9,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vgrout.arms import ARMS
 from vgrout.config import Config
-from vgrout.lab.archive import RUN, VERDICT, is_record, read_record, read_rollouts, read_steps, with_verdicts
+from vgrout.lab.archive import (
+    RUN,
+    VERDICT,
+    is_record,
+    measured,
+    read_record,
+    read_rollouts,
+    read_steps,
+    with_verdicts,
+)
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.given import access
 from vgrout.lab.record import finished, read_jsonl, weights_sha256
 from vgrout.types import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The policy's rollouts of a run's training that have a verdict, one entry each, in order. A score is NaN where the
+    arm gave none."""
+
+    step: np.ndarray
+    deployed: np.ndarray  # sampled with the quarantine ablated
+    hinted: np.ndarray
+    flagged: np.ndarray
+    score: np.ndarray
+    hacked: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,7 @@ class Run:
     evals: list[dict]
     cells: dict[str, Any] | None
     scales: dict[str, list[dict]]  # shrinkage and restore curves, where the run made them
+    measures: dict[str, dict]  # what was measured on its weights afterwards, by name
     seconds: dict[str, float]
     weights_sha256: str | None
 
@@ -59,6 +84,9 @@ class Run:
         """Every rollout, its verdict's fields behind `verdict_`."""
         return read_rollouts(self.folder) if is_record(self.folder) else with_verdicts(self.folder)
 
+    def trained(self) -> Trained:
+        return _trained(self.folder)
+
     def evaluated(self, cell: str) -> tuple[dict, ...]:
         """The rollouts of a cell of the final evaluation, in order."""
         return _evaluated(self.folder, f"eval:{cell}")
@@ -68,6 +96,28 @@ class Run:
 def _evaluated(folder: Path, phase: str) -> tuple[dict, ...]:
     rows = read_rollouts(folder, phase) if is_record(folder) else with_verdicts(folder)
     return tuple(row for row in rows if row["phase"] == phase)
+
+
+NEEDED = ("step", "source", "state", "hinted", "flagged", "score", VERDICT + "hacked")
+
+
+@cache
+def _trained(folder: Path) -> Trained:
+    """Raises UserError where the log is damaged."""
+    rows = read_rollouts(folder, "train", NEEDED) if is_record(folder) else with_verdicts(folder)
+    try:
+        own = [r for r in rows if r.get("phase", "train") == "train" and r["source"] == "policy"]
+        own = [r for r in own if r.get(VERDICT + "hacked") is not None]
+        return Trained(
+            step=np.array([r["step"] for r in own], int),
+            deployed=np.array([r["state"] == "deployed" for r in own], bool),
+            hinted=np.array([r["hinted"] for r in own], bool),
+            flagged=np.array([bool(r["flagged"]) for r in own], bool),
+            score=np.array([np.nan if r["score"] is None else r["score"] for r in own], float),
+            hacked=np.array([r[VERDICT + "hacked"] for r in own], bool),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
 def read_run(folder: Path) -> Run:
@@ -83,7 +133,7 @@ def read_run(folder: Path) -> Run:
 def _check(run: Run) -> None:
     """Raises what the wrong shape of a log raises: a page about many runs leaves the damaged ones out."""
     known = ARMS[run.cfg.arm]
-    if not all(isinstance(part, dict) for part in (run.provenance, run.seconds, run.scales)):
+    if not all(isinstance(p, dict) for p in (run.provenance, run.seconds, run.scales, *run.measures.values())):
         raise TypeError("a part of it is no JSON object")
     for step in run.steps:
         step["step"] + 1, step.get("m_hack")
@@ -121,6 +171,7 @@ def _run(folder: Path) -> Run:
         evals=read_jsonl(folder / "evals.jsonl"),
         cells=last["cells"] if done else None,
         scales=last.get("scales", {}),
+        measures=measured(folder),
         seconds=json.loads(seconds.read_text()) if seconds.is_file() else {},
         weights_sha256=weights_sha256(folder) if done else None,
     )
@@ -138,6 +189,7 @@ def _record(folder: Path) -> Run:
         evals=said["evals"],
         cells=said["eval"]["cells"],
         scales=said["eval"].get("scales", {}),
+        measures=said.get("measures", {}),
         seconds=said["timing"],
         weights_sha256=said["weights_sha256"],
     )
