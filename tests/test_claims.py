@@ -1,13 +1,16 @@
 """Preregistered decisions: reading them, and what runs show."""
 
 import json
+import re
 import tomllib
 from dataclasses import asdict, replace
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from vgrout.config import preset
 from vgrout.envs.micro import LIVE, problems
@@ -20,6 +23,7 @@ from vgrout.lab.grid import named
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.prereg import concluded, read
 from vgrout.lab.report import page
+from vgrout.lab.results import results
 from vgrout.lab.runs import find, read_run
 from vgrout.types import UserError
 
@@ -256,3 +260,43 @@ def test_the_report_of_a_decision(experiment):
     plan = json.loads((experiment / "plan.json").read_text())
     (experiment / "plan.json").write_text(json.dumps(plan | {"deviations": ["lr = 0.1, not 0.002"]}))
     assert "deviates: lr = 0.1, not 0.002" in page([experiment])[0]
+
+
+def test_results_name_the_runs_behind_every_number(experiment, tmp_path_factory):
+    """The same records give the same bytes, and every link of the page leads somewhere."""
+    docs = tmp_path_factory.mktemp("repo") / "docs"
+    docs.mkdir()
+    pages = []
+    for _ in range(2):
+        results(experiment, docs / "results.md", docs / "figures", Console(file=StringIO()))
+        pages.append({path.name: path.read_bytes() for path in sorted(docs.rglob("*")) if path.is_file()})
+    assert pages[0] == pages[1] and set(pages[0]) == {"results.md", "plane.svg", "training.svg", "modes.svg"}
+    text = pages[0]["results.md"].decode()
+    whole = made(experiment)
+    (weak,) = (text for text in said(whole) if text.startswith("Weak labels"))
+    assert f"> {weak}\n" in text and whole.decision.sha256[:16] in text
+    anchors = {line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 80 + 10 + 12
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else (docs / link).exists() or link == "statistics.md", link
+    for line in text.splitlines():  # a row of a table has as many cells as its head, and names its runs
+        if line.startswith("| ") and "[" in line:
+            assert line.count(" | ") in (9, 12) and "](#" in line, line
+    claims = [line for line in text.splitlines() if line.startswith(("| P", "| S", "| E"))]
+    assert len(claims) == 14 and "[routeV](#routev) [absorb](#absorb)" in next(c for c in claims if "| P3 |" in c)
+
+
+def test_results_want_every_run(experiment, tmp_path):
+    (tmp_path / "docs").mkdir(exist_ok=True)
+    out, console = tmp_path / "docs" / "results.md", Console(file=StringIO())
+    with pytest.raises(UserError, match="ends in .md"):
+        results(experiment, out.with_suffix(".txt"), tmp_path / "f", console)
+    with pytest.raises(UserError, match="no experiment of a preregistered decision"):
+        results(experiment / "routeV-s10", out, tmp_path / "f", console)
+    (experiment / "none-s10" / "eval.json").unlink()
+    results(experiment, out, tmp_path / "f", console)
+    assert "1 of 80 runs are not there yet: all numbers are descriptive." in out.read_text()
+    (experiment / "none-s11" / "steps.jsonl").write_text("[]\n")
+    with pytest.raises(UserError, match="none-s11 is damaged"):
+        results(experiment, out, tmp_path / "f", console)

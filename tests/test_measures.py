@@ -255,7 +255,7 @@ def test_commands_measure_once_and_keep_it(trained, monkeypatch, capsys):
     for name in ("relearn", "elicit"):
         show_measure(name, runs, trained / f"{name}.json", console)
     said = json.loads((trained / "relearn.json").read_text())
-    assert [row["arm"] for row in said["rows"]] == ["rl_baseline", "base model", "routeV"]
+    assert [row["arm"] for row in said["rows"]] == ["base model", "rl_baseline", "routeV"]
     curves = read_run(runs[0]).measures["relearn"]["run"]
     assert [at for at, _ in curves["sft_2"]] in ([0, 4], [0]) and all(0 <= rate <= 1 for _, rate in curves["grpo"])
     assert "base" not in read_run(runs[0]).measures["relearn"]

@@ -472,6 +472,22 @@ def commands(base: Config) -> dict:
         show_claims(experiment, out, console)
         return 0
 
+    def lab_results(
+        experiment: tyro.conf.Positional[Path],
+        out: Path = Path("docs/results.md"),
+        figures: Path = Path("docs/figures/results"),
+    ) -> int:
+        """A preregistered decision as a page of Markdown: conclusion, claims, figures, measures, links to every run.
+
+        Args:
+            experiment: Folder of `vgrout decide --decision`, or of its records.
+            out: The page, which is replaced.
+            figures: Folder of its figures.
+        """
+        from vgrout.lab.results import results
+
+        return results(experiment, out, figures, console)
+
     def lab_gates(runs: tyro.conf.Positional[tuple[Path, ...]], draws: int = 200, out: Path | None = None) -> int:
         """What the gates of finished runs flagged: precision, recall, AUROC, before and after saturation; with a trace,
         what other gate policies would have flagged.
@@ -580,6 +596,7 @@ def commands(base: Config) -> dict:
         "lab claims": lab_claims,
         "lab frontier": lab_frontier,
         "lab gates": lab_gates,
+        "lab results": lab_results,
         **{f"lab {name}": read_measure(name, what) for name, what in READ.items()},
         **{f"lab {name}": made_measure(name, what) for name, what in MADE.items()},
     }

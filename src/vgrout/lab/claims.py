@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -35,13 +36,14 @@ FIELDS = {"hack": "hacked", "solve": "solved", "attempted": "attempted", "compil
 
 @dataclass(frozen=True)
 class Finding:
-    """A test, or the solving half of one. Rates and differences are by seed, in the order of `seeds`. `p` is None where
-    nothing may be claimed, `why` says then why; `shown` is whether the claim holds at the decision's alpha, in its
-    sequence or family."""
+    """A test, or the solving half of one, of the first of `arms` against the others. Rates and differences are by seed,
+    in the order of `seeds`. `p` is None where nothing may be claimed, `why` says then why; `shown` is whether the claim
+    holds at the decision's alpha, in its sequence or family."""
 
     name: str
     kind: str  # primary, secondary, equivalence
     says: str
+    arms: tuple[str, ...]
     seeds: tuple[int, ...]
     arm: tuple[float, ...]
     control: tuple[float, ...]
@@ -110,7 +112,8 @@ def _found(made: Experiment, test: Claim | Sameness, kind: str) -> Finding:
         arms = (test.arm,) if against_base else (test.arm, *control)
         seeds = tuple(s for s in decision.seeds if all(f"{label}-s{s}" in runs for label in arms))
         why = _why(made)
-        facts = {"name": test.name, "kind": kind, "says": says, "seeds": seeds, "why": why, "solve": solve}
+        facts = {"name": test.name, "kind": kind, "says": says, "arms": (test.arm, *control), "seeds": seeds}
+        facts |= {"why": why, "solve": solve}
         if not seeds or (against_base and made.base is None):
             empty = dict.fromkeys(("mean", "low", "high", "hodges_lehmann", "cliffs_delta", "p", "adjusted", "shown"))
             return Finding(**facts | {"seeds": ()}, arm=(), control=(), **empty)
@@ -213,6 +216,8 @@ def base_cells(folder: Path) -> dict | None:
 def experiment(folder: Path, runs: Sequence[Run]) -> Experiment:
     """The decision of `folder` with those of `runs` that lie in it and are what it says. Raises UserError where there
     is no decision, or its file is not the one whose hash was stored."""
+    if not is_decided(folder):
+        raise UserError(f"{folder} is no experiment of a preregistered decision: `vgrout decide --decision` makes one")
     decision = read(folder / DECISION)
     try:
         plan = {**json.loads((folder / PLAN).read_text())}
@@ -249,33 +254,40 @@ def _points(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.1f}"
 
 
-def _rows(found: Sequence[Finding]) -> list[list[str]]:
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def told(found: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Every finding, and its solving half, as a line of a table."""
     rows = []
     for f in found:
         for part, name in ((f, f.name), (f.solve, f"{f.name}, solve")):
             if part is None:
                 continue
             interval = "-" if part.low is None else f"[{_points(part.low)}, {_points(part.high)}]"
-            verdict = {True: "shown", False: "not shown", None: part.why or "-"}[f.shown]
             rows.append(
-                [
-                    name,
-                    part.says,
-                    verdict if part is f else "",
-                    str(len(part.seeds)),
-                    " ".join(_points(d) for d in part.differences) or "-",
-                    _points(part.mean),
-                    interval,
-                    _points(part.hodges_lehmann),
-                    "-" if part.cliffs_delta is None else f"{part.cliffs_delta:+.2f}",
-                    "-" if part.p is None else f"{part.p:.4f}",
-                    "-" if f.adjusted is None or part is not f else f"{f.adjusted:.4f}",
-                ]
+                {
+                    "name": name,
+                    "says": part.says,
+                    "shown": f.shown,
+                    "verdict": {True: "shown", False: "not shown", None: f.why or "-"}[f.shown] if part is f else "",
+                    "seeds": len(part.seeds),
+                    "arms": list(part.arms),
+                    "differences": " ".join(_points(d) for d in part.differences) or "-",
+                    "mean": _points(part.mean),
+                    "interval": interval,
+                    "hodges_lehmann": _points(part.hodges_lehmann),
+                    "delta": "-" if part.cliffs_delta is None else f"{part.cliffs_delta:+.2f}",
+                    "p": _p(part.p),
+                    "adjusted": _p(f.adjusted) if part is f else "-",
+                }
             )
     return rows
 
 
 HEAD = ("test", "claim", "verdict", "seeds", "differences by seed", "mean", "95 %", "HL", "delta", "p", "p in family")
+SHOWN = ("name", "says", "verdict", "seeds", "differences", "mean", "interval", "hodges_lehmann", "delta", "p")
 
 
 def show_claims(out: Path, result: Path | None, console: Console) -> None:
@@ -289,9 +301,10 @@ def show_claims(out: Path, result: Path | None, console: Console) -> None:
     found = findings(made)
     caption = "Differences of rates in points, arm - control. p: exact sign-flip over seeds, one-sided."
     caption += "".join(f" {remark}." for remark in made.remarks)
-    print_wide(number_table(decision.question, caption, HEAD, _rows(found), 3), console)
+    rows = [[str(row[key]) for key in (*SHOWN, "adjusted")] for row in told(found)]
+    print_wide(number_table(decision.question, caption, HEAD, rows, 3), console)
     said = conclusions(decision, found)
     for text in said:
         console.print(text, markup=False, soft_wrap=True)
-    told: Mapping = {"decision_sha256": decision.sha256, "findings": [asdict(f) for f in found], "conclusions": said}
-    write_result(result, told)
+    every = {"decision_sha256": decision.sha256, "findings": [asdict(f) for f in found], "conclusions": said}
+    write_result(result, every)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.measures.scales import restoring, shrinkage
@@ -48,6 +50,10 @@ class Figure:
 
         return vl_convert.vegalite_to_svg(self.chart.to_dict())
 
+    def printed(self) -> str:
+        """As SVG on white, for a page whose colours are not known."""
+        return self.svg().replace(INK, PRINTED).replace("<svg ", '<svg style="background:white" ', 1)
+
     def png(self) -> bytes:
         import vl_convert
 
@@ -64,7 +70,7 @@ def altair():
     return altair
 
 
-INK = "currentColor"
+INK, PRINTED = "currentColor", "#1d2129"
 GRID = "rgba(128,128,128,0.25)"
 THEME: dict[str, Any] = {
     "axis": {
@@ -239,6 +245,57 @@ def gates(runs: Sequence[Run]) -> Figure | None:
     return curves(scored, fields, "gates", "What the gates see", caption) if scored else None
 
 
+CLASSES = {"hacks": "#d1495b", "other rollouts": "#2a9d6f"}
+
+
+def scores(runs: Sequence[Run]) -> Figure | None:
+    """The monitor's scores by what the oracle says of the rollouts, over training, with the cuts that were used."""
+    by_arm = {label: [run for run in runs if run.label == label] for label in labels(runs)}
+    alt, panels = altair(), []
+    for label, own in by_arm.items():
+        rows = spread(own)
+        if not rows:
+            continue
+        data, x = alt.Data(values=rows), alt.X("step:Q", title="step")
+        y = alt.Y("middle:Q", title=label)
+        tint = alt.Color("kind:N", title=None, scale=alt.Scale(domain=list(CLASSES), range=list(CLASSES.values())))
+        band = alt.Chart(data).mark_area(opacity=0.16).encode(x, alt.Y("low:Q", title=label), alt.Y2("high:Q"), tint)
+        line = alt.Chart(data).mark_line(strokeWidth=2).encode(x, y, tint)
+        layers = [band, line]
+        for field in ("t_lo", "t_hi"):
+            cuts = [{"step": row["step"], "middle": row["mean"]} for row in curve(own, field)]
+            if cuts:
+                mark = {"strokeDash": [4, 4], "color": INK, "opacity": 0.7, "strokeWidth": 1}
+                layers.append(alt.Chart(alt.Data(values=cuts)).mark_line(**mark).encode(x, y))
+        panels.append(alt.layer(*layers).properties(width=(WIDTH - 70) // 2, height=190))
+    caption = (
+        f"Scores of the policy's training rollouts by the oracle's word, all seeds together, in windows of {BIN} "
+        "steps: median, and from the 10th to the 90th percentile. Dashed: the mean cuts above which a rollout trains "
+        "both blocks, and the quarantine alone. Exploratory."
+    )
+    if not panels:
+        return None
+    return Figure("scores", "What the scores tell apart", caption, _themed(alt.concat(*panels, columns=2)))
+
+
+def spread(runs: Sequence[Run]) -> list[dict]:
+    """Percentiles of the scores of hacks and of other rollouts, in windows of `BIN` steps; none of arms without
+    scores."""
+    seen = [run.trained() for run in runs]
+    step, score, hacked = (
+        np.concatenate([getattr(own, field) for own in seen] or [[]]) for field in ("step", "score", "hacked")
+    )
+    rows = []
+    for window in np.unique(step // BIN):
+        for kind, is_kind in zip(CLASSES, (hacked == 1, hacked == 0), strict=True):
+            own = score[(step // BIN == window) & is_kind & np.isfinite(score)]
+            if len(own):
+                low, middle, high = np.quantile(own, [0.1, 0.5, 0.9]).tolist()
+                at = {"step": int(window) * BIN + BIN // 2, "kind": kind}
+                rows.append(at | {"low": low, "middle": middle, "high": high})
+    return rows
+
+
 def by_mode(runs: Sequence[Run]) -> Figure | None:
     """Hack per loophole of what ships."""
     done = [run for run in runs if run.oracle]
@@ -266,7 +323,7 @@ def by_mode(runs: Sequence[Run]) -> Figure | None:
     return Figure("modes", "Hacking by loophole", caption, _themed(chart))
 
 
-FIGURES: tuple[Callable[..., Figure | None], ...] = (restored, training, gates, by_mode)
+FIGURES: tuple[Callable[..., Figure | None], ...] = (restored, training, gates, scores, by_mode)
 
 
 def drawn(runs: Sequence[Run], base: Mapping[str, Any] | None) -> list[Figure]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vgrout.lab import explorer, stats
 from vgrout.lab.checkpoint import replace_file
-from vgrout.lab.claims import Finding, base_cells, conclusions, experiment, findings, hits, is_decided
+from vgrout.lab.claims import base_cells, conclusions, experiment, findings, hits, is_decided, told
 from vgrout.lab.decide import COSTS, passes
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.figures import Figure, altair, drawn, labels
@@ -68,29 +68,6 @@ def _row(label: str, runs: Sequence[Run], known: Mapping[int, Line]) -> dict[str
     return row
 
 
-def _told(f: Finding) -> list[dict[str, Any]]:
-    """A finding and its solving half as lines of the table."""
-    rows = []
-    for part in filter(None, (f, f.solve)):
-        signed = {key: _signed(getattr(part, key)) for key in ("mean", "low", "high", "hodges_lehmann")}
-        p = f.adjusted if part is f else part.p
-        rows.append(
-            {
-                "name": f.name if part is f else f"{f.name}, solve",
-                "says": part.says,
-                "shown": f.shown,
-                "verdict": {True: "shown", False: "not shown", None: f.why}[f.shown] if part is f else "",
-                "seeds": len(part.seeds),
-                "mean": signed["mean"],
-                "interval": "-" if part.low is None else f"[{signed['low']}, {signed['high']}]",
-                "hodges_lehmann": signed["hodges_lehmann"],
-                "delta": "-" if part.cliffs_delta is None else f"{part.cliffs_delta:+.2f}",
-                "p": "-" if p is None else f"{p:.4f}",
-            }
-        )
-    return rows
-
-
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.1f}"
 
@@ -137,62 +114,95 @@ def _measures(runs: Sequence[Run], base: Mapping[str, Any] | None) -> list[dict[
     ]
 
 
-def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[Figure], dict[Path, str]]:
-    """The report as HTML with up to about `limit` rollouts, its figures, and why runs could not be read. Raises
-    UserError."""
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("a report needs jinja2: pip install 'vgrout[report]'") from None
+@dataclass(frozen=True)
+class Content:
+    """What is to be said about runs. `told` has every text and table of a page, but for rollouts and drawings."""
+
+    runs: list[Run]
+    unread: Mapping[Path, str]  # why others could not be read
+    figures: list[Figure]
+    told: dict[str, Any]
+
+
+def gathered(paths: Sequence[Path]) -> Content:
+    """Raises UserError where no run among `paths` has done a step."""
     altair()
     runs, unread = find(paths)
     if not any(run.steps for run in runs):
         raise UserError(f"no run in {', '.join(map(str, paths))} has done a step yet")
     around = home(paths)
     base = base_cells(around) if around else None
-    figures = drawn(runs, base)
     known = lines(runs, base)
     same, own = _shared(runs)
     by_arm: Mapping[str, list[Run]] = {label: [r for r in runs if r.label == label] for label in labels(runs)}
-    seeds = sorted({run.seed for run in runs})
     notes = [f"Could not be read: {reason}" for reason in unread.values()]
     notes += [text for run in runs if (text := sandbox_note(run.provenance))][:1]
     notes += [text for run in runs if (text := pairs_note(run.provenance))][:1]
-    told: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
+    said: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
     if around is not None and is_decided(around):
         made = experiment(around, runs)
         decision, found = made.decision, findings(made)
-        told |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
-        told |= {"conclusions": conclusions(decision, found), "findings": [row for f in found for row in _told(f)]}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    text = (files("vgrout") / "data" / TEMPLATE).read_text()
-    markup = jinja2.utils.markupsafe.Markup
-    held = explorer.table(runs, limit)
-    every, count = held["every"], len(held["columns"]["run"])
-    which = "Every rollout" if held["whole"] else f"Of training one step in {every}; of the final evaluation what ships"
-    html = environment.from_string(text).render(
-        **told,
-        explorer={
-            "note": f"{which}: {count:,}.",
-            "data": markup(explorer.packed(held)),
-            "script": markup((files("vgrout") / "data" / SCRIPT).read_text()),
-        },
-        arms=list(by_arm),
-        seeds=seeds,
-        few_seeds=any(sum(run.oracle for run in own) < stats.LEAST for own in by_arm.values()),
-        unfinished=[run.name for run in runs if run.cells is None],
-        notes=notes,
-        table=[_row(label, own_runs, known) for label, own_runs in by_arm.items()],
-        figures=[{"name": f.name, "title": f.title, "caption": f.caption, "svg": markup(f.svg())} for f in figures],
-        measures=_measures(runs, base),
-        provenance=_provenance(runs),
-        shared=sorted(same.items()),
-        runs=[
-            {"name": r.name, "own": own[r.name], "steps": len(r.steps), "weights": (r.weights_sha256 or "-")[:16]}
+        said |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
+        said |= {"conclusions": conclusions(decision, found), "findings": told(found)}
+    said |= {
+        "arms": list(by_arm),
+        "seeds": sorted({run.seed for run in runs}),
+        "few_seeds": any(sum(run.oracle for run in own) < stats.LEAST for own in by_arm.values()),
+        "unfinished": [run.name for run in runs if run.cells is None],
+        "notes": notes,
+        "table": [_row(label, own_runs, known) for label, own_runs in by_arm.items()],
+        "measures": _measures(runs, base),
+        "provenance": _provenance(runs),
+        "shared": sorted(same.items()),
+        "runs": [
+            {
+                "name": r.name,
+                "arm": r.label,
+                "seed": r.seed,
+                "folder": r.folder,
+                "own": own[r.name],
+                "steps": len(r.steps),
+                "weights": (r.weights_sha256 or "-")[:16],
+            }
             for r in runs
         ],
+    }
+    return Content(runs, unread, drawn(runs, base), said)
+
+
+def template(name: str, **settings: Any):
+    """A template of the package. Raises UserError where jinja2 is not installed."""
+    try:
+        import jinja2
+    except ImportError:
+        raise UserError("a report needs jinja2: pip install 'vgrout[report]'") from None
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, **settings)
+    return environment.from_string((files("vgrout") / "data" / name).read_text())
+
+
+def page(paths: Sequence[Path], limit: int = explorer.LIMIT) -> tuple[str, list[Figure], Mapping[Path, str]]:
+    """The report as HTML with up to about `limit` rollouts, its figures, and why runs could not be read. Raises
+    UserError."""
+    form = template(TEMPLATE, autoescape=True)
+    content = gathered(paths)
+    from jinja2.utils import markupsafe
+
+    safe = markupsafe.Markup
+    held = explorer.table(content.runs, limit)
+    every, count = held["every"], len(held["columns"]["run"])
+    which = "Every rollout" if held["whole"] else f"Of training one step in {every}; of the final evaluation what ships"
+    html = form.render(
+        **content.told,
+        explorer={
+            "note": f"{which}: {count:,}.",
+            "data": safe(explorer.packed(held)),
+            "script": safe((files("vgrout") / "data" / SCRIPT).read_text()),
+        },
+        figures=[
+            {"name": f.name, "title": f.title, "caption": f.caption, "svg": safe(f.svg())} for f in content.figures
+        ],
     )
-    return html, figures, unread
+    return html, content.figures, content.unread
 
 
 def report(paths: Sequence[Path], out: Path, figures_to: Path | None, console: Console) -> int:
