@@ -216,6 +216,30 @@ def test_checkpoints_come_in_time():
         assert [step for what, step in calls.calls] == due
 
 
+def test_log_rho_by_zone():
+    """Against passes in the block state that each zone's mask stands for; demonstrations have no sampler."""
+    policy, rollouts = rollouts_of(AFTER)
+    rollouts[0] = replace(rollouts[0], source="teacher", logp_old=None)
+    batch = collate(rollouts, [0.0, 1.0] * 4, policy.tokenizer.pad_token_id)
+    rows = Rows(batch.tokens, batch.completion, batch.length)
+    m = torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1])
+    decision = replace(uniform(8, "keep"), m=m, d=torch.tensor([0.0] * 6 + [1, 1]))
+    totals = backward(AFTER, policy, batch, decision, torch.ones(8), torch.ones(8, dtype=torch.bool))
+    with torch.no_grad():
+        by_state = {}
+        for state in ("deployed", "full"):
+            with policy.adapter.state(state):
+                by_state[state] = (policy.logp(rows) - batch.logp_old) * batch.completion
+    for zone, state, own in (
+        ("keep", "deployed", slice(1, 3)),
+        ("absorb", "full", slice(3, 6)),
+        ("route", "full", slice(6, 8)),
+    ):
+        assert totals[f"log_rho_{zone}"] == pytest.approx(float(by_state[state][own].sum()), rel=1e-3, abs=1e-4)
+        assert totals[f"tokens_{zone}"] == int(batch.completion[own].sum())
+    assert max(abs(totals[f"log_rho_{zone}"]) for zone in ("keep", "absorb")) > 0.01
+
+
 @pytest.mark.parametrize(("name", "moved"), [("adamw", [[-0.1, 0.1], [-0.2, 0.2]]), ("sgd", [[-0.2, 0.4], [-0.5, 1]])])
 def test_optimizers(name, moved):
     cfg = replace(TOY, optimizer=name, lr=0.1, beta1=0.5, beta2=0.5)

@@ -36,6 +36,7 @@ from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
 from vgrout.signals import held
 from vgrout.types import (
+    ZONES,
     Batch,
     Decision,
     Environment,
@@ -166,10 +167,13 @@ def backward(
 
     `live` [N] marks the rows of groups with reward variance: the others give neither loss nor KL.
 
-    `kl` among them is KL(policy || base), exact at each position, under the row's own mask.
+    `kl` among them is KL(policy || base), exact at each position, under the row's own mask. `log_rho_ZONE` sums
+    log policy - log sampler over the `tokens_ZONE` tokens that a zone's rows have and the policy sampled.
     """
     rows = Rows(batch.tokens, batch.completion, batch.length)
     totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
+    totals |= {f"{what}_{zone}": 0.0 for zone in ZONES for what in ("log_rho", "tokens")}
+    zones = decision.zones()
     for parts in micro_batches(decision, batch.length, cfg.micro_batch):
         with torch.no_grad(), policy.adapter.reference():  # no mask reaches it: one pass for all parts
             log_refs = policy.logits(rows.take(torch.cat(parts))).log_softmax(-1)
@@ -182,7 +186,8 @@ def backward(
                 log_p = policy.logits(part).log_softmax(-1)
                 drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
                 logp = part.place(drawn)
-                rho = ratio(cfg.ratio, logp, batch.logp_old[index, :width], batch.teacher[index], cfg.clip_ratio)
+                old, own = batch.logp_old[index, :width], ~batch.teacher[index]
+                rho = ratio(cfg.ratio, logp, old, ~own, cfg.clip_ratio)
                 loss, sums = grpo_loss(
                     logp,
                     rho,
@@ -203,6 +208,9 @@ def backward(
             with torch.no_grad():
                 totals["entropy"] -= float((log_p.exp() * log_p).sum())
                 totals["kl"] += float(divergence(log_p, log_ref).sum())
+                zone = zones[int(index[0])]  # that of all rows of one mask
+                totals[f"log_rho_{zone}"] += float((logp - old)[part.completion & own[:, None]].sum())
+                totals[f"tokens_{zone}"] += float(part.completion[own].sum())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value
     return totals
@@ -336,6 +344,7 @@ class Training:
             "kl": sums["kl"] / tokens,
             "entropy": sums["entropy"] / tokens,
             "clipped": sums["clipped"] / tokens,
+            **{f"log_rho_{z}": _share(sums[f"log_rho_{z}"], sums[f"tokens_{z}"]) for z in ZONES},
             "micro_batch": sums["micro_batch"],
             "norm_deployed": norms["deployed"],
             "norm_quarantine": norms["quarantine"],
@@ -472,6 +481,10 @@ def scored(rollouts: Sequence[Rollout], graded: Sequence[Graded]) -> tuple[list[
     return [r for r, _ in kept], [g for _, g in kept]
 
 
+def _share(total: float, n: float) -> float:
+    return total / n if n else math.nan
+
+
 def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Tensor) -> dict[str, Any]:
     """What the record says of a step's rollouts."""
     own = ~batch.teacher
@@ -491,6 +504,9 @@ def _facts(batch: Batch, graded: Sequence[Graded], decision: Decision, live: Ten
     }
 
 
-OF_GRADIENTS = ("loss", "kl", "entropy", "clipped", "micro_batch", "norm_deployed", "norm_quarantine", "qmass")
+OF_GRADIENTS = (
+    *("loss", "kl", "entropy", "clipped", "micro_batch", "norm_deployed", "norm_quarantine", "qmass"),
+    *(f"log_rho_{zone}" for zone in ZONES),
+)
 OF_ROLLOUTS = ("reward", "compiled", "tokens", "keep", "absorb", "route", "flagged", "dead_groups", "t_lo", "t_hi")
 NOTHING = dict.fromkeys((*OF_GRADIENTS, *OF_ROLLOUTS), math.nan) | {"skipped": "no rollout has a reward"}
