@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from vgrout.arms.monitored import Monitored
 from vgrout.arms.monitors import MONITORS, Monitor
 from vgrout.envs.problems import read_problems
 from vgrout.envs.task import load_task
+from vgrout.lab.measures.base import Measure, Shown
+from vgrout.lab.runs import Run
 from vgrout.method.gate import POLICIES, GatePolicy, decide
 from vgrout.types import Decision
 from vgrout.verify import adapter_gates, toy
@@ -88,3 +91,14 @@ def test_gate_policy(monkeypatch):
     (decision,) = watcher.decisions
     t_lo, t_hi = decision.threshold
     assert t_lo == 0 < t_hi and decision.route.tolist() == (decision.score > t_hi).tolist()
+
+
+def test_measure():
+    scope: dict = {"Measure": Measure, "Shown": Shown, "mean": mean}
+    exec(block("class Length"), scope)
+    told = {"folder": Path("x"), "label": "x", "cfg": TOY, "evals": [], "cells": None, "scales": {}, "measures": {}}
+    run = Run(**told, provenance={}, steps=[{"m_tokens": 3.0}, {"m_tokens": 4.0}], seconds={}, weights_sha256=None)
+    measure = scope["Length"]()
+    assert (
+        measure.of([run], None).rows == [[f"x-s{TOY.seed}", "4"]] and measure.of([replace(run, steps=[])], None) is None
+    )
