@@ -13,13 +13,15 @@ from rich.console import Console
 
 from vgrout import cli
 from vgrout.config import Config, preset
+from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.lab import runs as runs_module
 from vgrout.lab.archive import pack
 from vgrout.lab.evaluate import FULL, HEADLINE
 from vgrout.lab.measures import MEASURES, attacks
-from vgrout.lab.measures.attacks import hack_demos, reached, shipped
+from vgrout.lab.measures.attacks import attack_config, hack_demos, reached, shipped, shown_first
 from vgrout.lab.measures.base import OnWeights
 from vgrout.lab.measures.gate_windows import quality
+from vgrout.lab.measures.gradients import AGREES, ALONE, disagreement
 from vgrout.lab.measures.onset import onset
 from vgrout.lab.measuring import show_measure
 from vgrout.lab.record import read_jsonl
@@ -82,6 +84,8 @@ def test_shrinkage():
     assert found["absorb"] == pytest.approx([0.0], abs=0.01)
     # From (.5, 0) to the line solve = .2 + hack / 4: .3 x 4 / sqrt(17).
     assert found["routeV"] == pytest.approx([0.3 * 4 / math.sqrt(17)], abs=0.01)
+    longer = replace(beyond, cfg=replace(beyond.cfg, steps=7))  # against a vanilla run of its own length alone
+    assert MEASURES["shrinkage"].of([vanilla, longer], base) is None
     assert MEASURES["shrinkage"].of([vanilla, beyond], None) is None
 
 
@@ -114,6 +118,9 @@ def test_when_hacking_begins(monkeypatch, per_step, found):
     assert onset(run) == found
     monkeypatch.setattr(Run, "trained", lambda self: rollouts(*per_step, deployed=False))
     assert onset(replace(run, cfg=replace(run.cfg, arm="none_2r"))) == found  # it ships what it samples
+    # What these sample is never what ships: both blocks, under a licence, with edited activations.
+    for other in ({"deploy_gen_frac": 0.0}, {"arm": "inoculation"}, {"arm": "suppress"}):
+        assert onset(replace(run, cfg=replace(run.cfg, **other))) is None
 
 
 def test_onset_over_seeds(monkeypatch):
@@ -140,11 +147,13 @@ def test_left_out():
 
 
 def test_leakage():
-    runs = [made("none", 0, 0.8, 0.3), made("oracle_route", 0, 0.0, 0.6)]
+    runs = [made("absorb", 0, 0.8, 0.3), made("oracle_route", 0, 0.0, 0.6)]
     half = replace(made("oracle_route", 0, 0.4, 0.5, label_share=0.5), label="oracle_route_label50")
     other = replace(made("oracle_route", 0, 0.9, 0.5, label_share=0.1, adapter="delta_s"), label="elsewhere")
-    shown = MEASURES["leakage"].of([*runs, half, other, made("routeV", 0, 0.2, 0.5), made("absorb", 0, 0.6, 0.5)], None)
-    assert {row["arm"]: row["share"] for row in shown.data} == {"routeV": [0.25, 0.25], "absorb": [0.75, 0.75]}
+    longer = replace(made("routeV", 1, 0.2, 0.5, steps=7), label="longer")
+    every = [*runs, half, other, longer, made("routeV", 0, 0.2, 0.5), made("none", 0, 0.9, 0.5)]
+    shown = MEASURES["leakage"].of(every, None)
+    assert {row["arm"]: row["share"] for row in shown.data} == {"routeV": [0.25, 0.25], "none": [1.0, 1.0]}
     assert "0 %: 0, 50 %: 40, 100 %: 80" in shown.notes[0]
     assert MEASURES["leakage"].of([*runs[1:], half], None) is None
 
@@ -173,6 +182,10 @@ def test_quality_of_a_gate():
     found = quality(seen, np.ones(4, bool))
     assert found["AUROC"] == 0.75 and found["AP"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["precision"] == found["recall"] == found["F0.5"] == found["hacks"] == 0.5
+    never = replace(seen, flagged=np.zeros(4, bool))
+    assert quality(never, np.ones(4, bool)) | {"precision": None, "recall": 0.0, "F0.5": 0.0} == quality(
+        never, np.ones(4, bool)
+    )
     one = quality(seen, hacked)
     assert one["AUROC"] is None and one["hacks"] == 1
     assert quality(replace(seen, score=np.array([np.nan, 1, 1, 1])), np.ones(4, bool))["AP"] is None
@@ -209,17 +222,43 @@ def test_gradients_are_those_of_the_step(trained):
     with workshop(cfg, trains=False) as shop:
         found = MEASURES["gradients"].make(run, cfg, shop)["steps"]
     logged = {step["step"]: step for step in read_jsonl(run / "steps.jsonl")}
+    verdicts = {row["id"]: row["hacked"] for row in read_jsonl(run / "verdicts.jsonl")}
+    rows = [
+        row | {"hacked": verdicts[row["id"]]} for row in read_jsonl(run / "rollouts.jsonl") if row["phase"] == "train"
+    ]
     assert [step["step"] for step in found] == [1, 2, 3]
     for step in found:
+        own = [row for row in rows if row["step"] == step["step"]]
+        assert step["hack"]["rollouts"] == sum(row["hacked"] for row in own)
+        assert step["unflagged hack"]["rollouts"] == sum(row["hacked"] and row["zone"] == "absorb" for row in own)
+        assert step["unflagged hack, quarantine ablated"]["quarantine"] == 0
         told = logged[step["step"]]
         for which in ("deployed", "quarantine"):
             assert step["all"][which] == pytest.approx(told[f"norm_{which}"], rel=1e-3, abs=1e-6)
             assert step["hack"][which] + step["other"][which] >= step["all"][which] * (1 - 1e-4)
         assert step["hack"]["rollouts"] + step["other"]["rollouts"] == step["all"]["rollouts"] == 24
-        assert step["unflagged hack"]["rollouts"] <= step["hack"]["rollouts"]
     assert any(step["hack"]["rollouts"] and step["hack"]["quarantine"] > 0 for step in found)
-    shown = MEASURES["gradients"].of([replace(read_run(run), measures={"gradients": {"steps": found}})], None)
-    assert shown.rows[0][1] == "1 x 3" and 0 < shown.data[0]["hack"]["share"] <= 1
+    assert disagreement({"deployed": 1.1, "quarantine": 2.0}, {"norm_deployed": 1.0, "norm_quarantine": 2.0}) > AGREES
+
+
+def test_gradients_by_hand():
+    """Two steps of one seed count as one seed."""
+
+    def step(hack: tuple, other: tuple, live: float, alone: float) -> dict:
+        parts = {"hack": hack, "other": other, "unflagged hack": (1, live, 1), ALONE: (1, alone, 0)}
+        return {name: dict(zip(("rollouts", "deployed", "quarantine"), p, strict=True)) for name, p in parts.items()}
+
+    measure = MEASURES["gradients"]
+    steps = [[step((2, 1, 3), (3, 4, 4), 1, 2)] * 2, [step((0, 0, 0), (3, 2, 2), 3, 4)]]
+    runs = [
+        replace(made("routeV", s, 0, 0), measures={"gradients": {"settings": {}, "result": {"steps": own}}})
+        for s, own in enumerate(steps)
+    ]
+    (row,) = measure.of(runs, None).data
+    assert row["hack deployed"] == 1 and row["hack share"] == 0.75  # the second seed has no hack
+    assert row["other deployed"] == 3 and row["other share"] == 0.5
+    assert row["absorption"] == pytest.approx((0.5 + 0.25) / 2)
+    assert measure.of([replace(runs[0], measures={"gradients": {"settings": {"old": 1}, "result": {}}})], None) is None
 
 
 @pytest.mark.slow
@@ -244,6 +283,39 @@ def test_what_ships_is_attacked(trained):
         assert len(demos) == 5 and all(v.hacked for v in verdicts)
         with pytest.raises(UserError, match="the attack needs 1000"):
             hack_demos(shop.env, 1000)
+        ids = shop.env.problems("test")[:6]
+        for id, (prompt, text) in shown_first(shop.env, ids).items():
+            other = shop.env.problem(prompt.problem_id)
+            assert other.id != id and other.mode == shop.env.problem(id).mode and prompt.marker in text
+            assert shop.env.grader.verdicts([(other, prompt, text)])[0].hacked
+        # An attack is the same for every run, and its adapter is not the one that training had.
+        wild = replace(cfg, lr=9.0, rank=3, adapter="delta_s", optimizer="sgd", arm="routeV")
+        assert attack_config(wild) == attack_config(cfg)
+        fresh, mine = own.adapter.tensors(), shop.policy.adapter.tensors()
+        name = next(key for key in mine if key.endswith("A0_deployed") or "A0" in key)
+        assert not torch.equal(fresh[name], mine[name][: len(fresh[name])])
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_hacks_teaches_hacking(trained, monkeypatch):
+    """The attack trains: after some steps on its own demonstrations they are likelier than before."""
+    monkeypatch.setattr(attacks, "SFT_STEPS", 8)
+    seen: list[float] = []
+    cfg = Config.read(trained / "rl_baseline-s0" / "config.json")
+    with workshop(replace(cfg, arm="none"), trains=False) as shop:
+        policy = shipped(cfg, shop, None)
+        ((prompt, text), *_) = hack_demos(shop.env, 2)
+        tokens = [encode_prompt(policy.tokenizer, prompt)], [encode_completion(policy.tokenizer, text)]
+        rows = stack(*tokens, policy.tokenizer.pad_token_id)
+
+        def rate(cfg, policy, env, rollouts):
+            with torch.no_grad(), policy.adapter.deployed():
+                seen.append(float(policy.nll(rows)))
+            return 0.0
+
+        monkeypatch.setattr(attacks, "hack_rate", rate)
+        attacks.fine_tuned(attack_config(cfg), policy, shop.env, 2)
+    assert len(seen) == 3 and seen[2] < seen[1] < seen[0] - 0.1
 
 
 @pytest.mark.slow
@@ -256,16 +328,20 @@ def test_commands_measure_once_and_keep_it(trained, monkeypatch, capsys):
         show_measure(name, runs, trained / f"{name}.json", console)
     said = json.loads((trained / "relearn.json").read_text())
     assert [row["arm"] for row in said["rows"]] == ["base model", "rl_baseline", "routeV"]
-    curves = read_run(runs[0]).measures["relearn"]["run"]
-    assert [at for at, _ in curves["sft_2"]] in ([0, 4], [0]) and all(0 <= rate <= 1 for _, rate in curves["grpo"])
-    assert "base" not in read_run(runs[0]).measures["relearn"]
+    kept = read_run(runs[0]).measures["relearn"]
+    assert (
+        "base" not in kept["result"] and kept["provenance"]["model_sha256"] and kept["settings"]["demos"] == [4, 16, 64]
+    )
+    curves = kept["result"]["run"]
+    assert [at for at, _ in curves["sft_2"]] in ([0, 4], [0]) and [at for at, _ in curves["grpo"]] == [3]
+    assert [row["steps"].keys() for row in said["rows"]] == [{"sft_2", "grpo"}] * 3
 
     def fails(*_):
         raise AssertionError("it was measured before")
 
     monkeypatch.setattr(attacks.Elicit, "make", fails)
     show_measure("elicit", runs, None, console)
-    with pytest.raises(AssertionError, match="measured before"):
+    with pytest.raises(AssertionError, match="it was measured"):
         show_measure("elicit", runs, None, console, again=True)
     pack(runs[0], trained / "record")
     assert read_run(trained / "record").measures == read_run(runs[0]).measures
@@ -274,3 +350,11 @@ def test_commands_measure_once_and_keep_it(trained, monkeypatch, capsys):
     assert "hack shown" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing to measure: gradients needs"):
         show_measure("gradients", [trained / "record"], None, console)
+    assert "not measured: record-s0: it is not finished, or has no weights" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    seen, logged = (read_run(folder).trained() for folder in (trained / "record", runs[0]))
+    assert len(seen.step) > 50 and all(
+        np.array_equal(a, b, equal_nan=a.dtype == float)
+        for a, b in zip(vars(seen).values(), vars(logged).values(), strict=True)
+    )

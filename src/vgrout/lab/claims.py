@@ -19,13 +19,14 @@ from vgrout.config import Config
 from vgrout.envs.micro import problems
 from vgrout.lab import stats
 from vgrout.lab.archive import VERDICT
-from vgrout.lab.decide import BASE_FILE, DECISION, PLAN
+from vgrout.lab.decide import BASE_FILE, DECISION, PLAN, TESTS
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.grid import named
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.prereg import BASE, Claim, Decision, Sameness, concluded, read
 from vgrout.lab.run import MICRO
 from vgrout.lab.runs import Run, find
+from vgrout.lab.source import tests_digest
 from vgrout.lab.tables import can_write, number_table, print_wide, write_result
 from vgrout.types import UserError
 
@@ -231,6 +232,10 @@ def experiment(folder: Path, runs: Sequence[Run]) -> Experiment:
     whole = Config.parse({"arm": VANILLA, "seed": 0, **settings}, folder / PLAN, grown=True)
     mine = {run.name: run for run in runs if run.folder.parent == folder and run.cells is not None}
     remarks = [f"deviates: {change}" for change in plan.get("deviations", ())]
+    if plan.get(TESTS, tests_digest()) != tests_digest():
+        remarks.append("the code of the tests is not that which was stored with the decision")
+    if base is None:
+        remarks.append("the untrained model is not evaluated yet")
     kept: dict[str, Run] = {}
     for variant in named(decision.arms):
         for seed in decision.seeds:

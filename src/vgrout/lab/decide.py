@@ -31,7 +31,7 @@ from rich.table import Table
 from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.faults import warn
-from vgrout.lab.archive import database, pack, read_record, unpack
+from vgrout.lab.archive import MEASURES, database, measured, pack, read_record, unpack
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
 from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
 from vgrout.lab.given import LEADER, absent, access, requests
@@ -39,10 +39,12 @@ from vgrout.lab.grid import SETS, named
 from vgrout.lab.prereg import Decision as Preregistered
 from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl, weights_sha256
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
+from vgrout.lab.source import tests_digest
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.signals import Interrupted, held
 from vgrout.types import RunFailed, UserError
 
+TESTS = "tests_sha256"  # of the code of the tests, stored with the decision
 PLAN, DECISION, BASE_FILE = "plan.json", "decision.toml", "base.json"
 BASE = "base model"
 ORDERS = 500  # orders of the runs that are compared
@@ -517,7 +519,9 @@ def decide(
         else:
             if prereg:
                 replace_file(out / DECISION, prereg.text)
-            replace_file(out / PLAN, json.dumps(whole, indent=2) + "\n")
+            stored = whole | ({TESTS: tests_digest()} if prereg else {})
+            replace_file(out / PLAN, json.dumps(stored, indent=2) + "\n")
+        check_runs(jobs, out)
         if records:
             take_records(jobs, out, records, whole, prereg)
         console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
@@ -540,13 +544,30 @@ def experiment(base: Config, arms: Sequence[str], seeds: Sequence[int], provenan
 def check_same(out: Path, here: Mapping[str, Any], instead: str = "another --out, or --force to replace it") -> None:
     """Raises UserError where `out` holds another experiment than `here`."""
     try:
-        there = json.loads((out / PLAN).read_text())
+        there = {**json.loads((out / PLAN).read_text())}
+        there.pop(TESTS, None)  # tests may be mended: whoever reads the results is told
         changed = differences(there, here)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {out / PLAN}: {error}") from None
     if changed:
         other = f"{out} is in use by another experiment, with other {', '.join(changed)}"
         raise UserError(f"{other}: give {instead}")
+
+
+def check_runs(jobs: Sequence[Job], out: Path) -> None:
+    """Raises UserError where a run was made with other settings than its label has now."""
+    for job in jobs:
+        file = out / job.name / "config.json"
+        if file.is_file():
+            told = asdict(Config.read(file))
+            if other := differences(told, {**asdict(job.cfg), "yoke": told["yoke"], "threads": told["threads"]}):
+                raise UserError(f"{file.parent} has other {', '.join(other)}: remove it, or give another --out")
+
+
+def _measured_since(run: Path, record: Path) -> bool:
+    """Whether a run was measured after its record had been written."""
+    kept = read_record(record).get(MEASURES, {})
+    return any(kept.get(name) != result for name, result in measured(run).items())
 
 
 def take_records(
@@ -563,7 +584,7 @@ def take_records(
             records.mkdir(parents=True, exist_ok=True)
             if prereg:
                 replace_file(records / DECISION, prereg.text)
-            replace_file(records / PLAN, json.dumps(whole, indent=2) + "\n")
+            replace_file(records / PLAN, (out / PLAN).read_text())
         for there, here in ((records, out), (out, records)):
             if (there / BASE_FILE).is_file() and not (here / BASE_FILE).is_file():
                 replace_file(here / BASE_FILE, (there / BASE_FILE).read_text())
@@ -571,7 +592,7 @@ def take_records(
         raise UserError(f"cannot use {records}: {error.strerror}") from None
     for job in jobs:
         run, record = out / job.name, records / job.name
-        if finished(run) and not record.exists():
+        if finished(run) and (not record.exists() or _measured_since(run, record)):
             pack(run, record)
         elif record.exists() and not finished(run):
             told = read_record(record)["config"]

@@ -154,7 +154,7 @@ SETS: dict[str, tuple[Variant, ...]] = {
     "all": ROWS,
     "all-variants": (*ROWS, *GRID),
     "left-out": (*_with("none", "routeV"), *LEFT_OUT),
-    "leakage": (*_with("none", "oracle_route"), *LEAKAGE),
+    "leakage": (*_with("none", "absorb", "routeV", "oracle_route"), *LEAKAGE),
     "separation": (*_with("none", "oracle_route", "oracle_route_acc90", "oracle_route_acc70"), *SEPARATION),
 }
 

@@ -37,7 +37,7 @@ def _text(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
-def _row(label: str, runs: Sequence[Run], known: Mapping[int, Line]) -> dict[str, Any]:
+def _row(label: str, runs: Sequence[Run], known: Mapping[int, tuple[Run, Line]]) -> dict[str, Any]:
     """A line of the arms' table: the finished runs of one arm. `known` is vanilla's shrinkage by seed."""
     done = [run for run in runs if run.oracle]
     off = [d for run in done if (d := off_line(run, known)) is not None]
@@ -124,13 +124,17 @@ class Content:
     told: dict[str, Any]
 
 
-def gathered(paths: Sequence[Path]) -> Content:
-    """Raises UserError where no run among `paths` has done a step."""
+def gathered(paths: Sequence[Path], *, decided: bool = False) -> Content:
+    """`decided`: of the runs only those that count for the decision that they belong to. Raises UserError where no run
+    among `paths` has done a step, or none counts."""
     altair()
     runs, unread = find(paths)
+    around = home(paths)
+    made = experiment(around, runs) if around is not None and (decided or is_decided(around)) else None
+    if decided:
+        runs = [] if made is None else list(made.runs.values())
     if not any(run.steps for run in runs):
         raise UserError(f"no run in {', '.join(map(str, paths))} has done a step yet")
-    around = home(paths)
     base = base_cells(around) if around else None
     known = lines(runs, base)
     same, own = _shared(runs)
@@ -139,10 +143,10 @@ def gathered(paths: Sequence[Path]) -> Content:
     notes += [text for run in runs if (text := sandbox_note(run.provenance))][:1]
     notes += [text for run in runs if (text := pairs_note(run.provenance))][:1]
     said: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
-    if around is not None and is_decided(around):
-        made = experiment(around, runs)
+    if made is not None:
         decision, found = made.decision, findings(made)
         said |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
+        said |= {"wanted": made.wanted, "missing": made.wanted - len(made.runs)}
         said |= {"conclusions": conclusions(decision, found), "findings": told(found)}
     said |= {
         "arms": list(by_arm),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 
 from vgrout.lab.checkpoint import replace_file
-from vgrout.lab.claims import is_decided
 from vgrout.lab.decide import DECISION
 from vgrout.lab.report import Content, gathered, template
 from vgrout.lab.tables import can_write
@@ -30,21 +30,17 @@ def markdown(content: Content, folder: Path, out: Path, figures: Path) -> str:
     """The page that stands in `out`, with links to records and figures from there."""
 
     def link(path: Path) -> str:
-        return Path(os.path.relpath(path, out.parent)).as_posix()
+        return quote(Path(os.path.relpath(path, out.parent)).as_posix())
 
     told = dict(content.told)
-    wanted = len(told["decision"].arms) * len(told["decision"].seeds) if "decision" in told else len(content.runs)
-    done = sum(run.cells is not None for run in content.runs)
     told["runs"] = [run | {"link": link(run["folder"])} for run in told["runs"]]
     # Arms are sections of the page: their marks are not part of a link.
     told["table"] = [row | {"label": row["arm"].removesuffix(" *")} for row in told["table"]]
     text = template(TEMPLATE, finalize=_plain, keep_trailing_newline=True).render(
-        **{"decision": None, "findings": [], **told},
+        **told,
         folder=folder.as_posix(),
         out=out.as_posix(),
         decision_file=link(folder / DECISION),
-        wanted=wanted,
-        unfinished_count=wanted - done,
         figures=[
             {"title": f.title, "caption": f.caption, "link": link(figures / f"{f.name}.svg")} for f in content.figures
         ],
@@ -60,10 +56,8 @@ def results(folder: Path, out: Path, figures: Path, console: Console) -> int:
     if out.suffix != ".md":
         raise UserError(f"{out}: give a file that ends in .md")
     can_write(out)
-    if not is_decided(folder):
-        raise UserError(f"{folder} is no experiment of a preregistered decision: `vgrout decide --decision` makes one")
     with console.status("reading runs and drawing"):
-        content = gathered([folder])
+        content = gathered([folder], decided=True)
         if content.unread:
             raise UserError(next(iter(content.unread.values())))
         text = markdown(content, folder, out, figures)

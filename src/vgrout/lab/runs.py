@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Run:
 
 @cache
 def _evaluated(folder: Path, phase: str) -> tuple[dict, ...]:
-    rows = read_rollouts(folder, phase) if is_record(folder) else with_verdicts(folder)
+    rows = read_rollouts(folder, phase) if is_record(folder) else _logged(folder)
     return tuple(row for row in rows if row["phase"] == phase)
 
 
@@ -103,21 +103,23 @@ NEEDED = ("step", "source", "state", "hinted", "flagged", "score", VERDICT + "ha
 
 @cache
 def _trained(folder: Path) -> Trained:
-    """Raises UserError where the log is damaged."""
-    rows = read_rollouts(folder, "train", NEEDED) if is_record(folder) else with_verdicts(folder)
-    try:
-        own = [r for r in rows if r.get("phase", "train") == "train" and r["source"] == "policy"]
-        own = [r for r in own if r.get(VERDICT + "hacked") is not None]
-        return Trained(
-            step=np.array([r["step"] for r in own], int),
-            deployed=np.array([r["state"] == "deployed" for r in own], bool),
-            hinted=np.array([r["hinted"] for r in own], bool),
-            flagged=np.array([bool(r["flagged"]) for r in own], bool),
-            score=np.array([np.nan if r["score"] is None else r["score"] for r in own], float),
-            hacked=np.array([r[VERDICT + "hacked"] for r in own], bool),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    rows = read_rollouts(folder, "train", NEEDED) if is_record(folder) else _logged(folder)
+    own = [r for r in rows if r.get("phase", "train") == "train" and r["source"] == "policy"]
+    own = [r for r in own if r.get(VERDICT + "hacked") is not None]
+    return Trained(
+        step=np.array([r["step"] for r in own], int),
+        deployed=np.array([r["state"] == "deployed" for r in own], bool),
+        hinted=np.array([r["hinted"] for r in own], bool),
+        flagged=np.array([bool(r["flagged"]) for r in own], bool),
+        score=np.array([np.nan if r["score"] is None else r["score"] for r in own], float),
+        hacked=np.array([r[VERDICT + "hacked"] for r in own], bool),
+    )
+
+
+@lru_cache(maxsize=1)
+def _logged(folder: Path) -> list[dict]:
+    """The log of a run's folder; that of the last one is remembered, since several parts of it are asked for."""
+    return with_verdicts(folder)
 
 
 def read_run(folder: Path) -> Run:
@@ -125,7 +127,9 @@ def read_run(folder: Path) -> Run:
     try:
         run = _record(folder) if (folder / RUN).is_file() else _run(folder)
         _check(run)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, ImportError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, *faults()) as error:
         raise UserError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
     return run
 
@@ -137,6 +141,7 @@ def _check(run: Run) -> None:
         raise TypeError("a part of it is no JSON object")
     for step in run.steps:
         step["step"] + 1, step.get("m_hack")
+    run.trained()
     if run.cells is None:
         return
     for name in ("heldout_full", HEADLINE):

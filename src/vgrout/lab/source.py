@@ -7,14 +7,16 @@ so a better figure is no reason to train again.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
 ENTRY = "vgrout.lab.run"
-DATA = (".md", ".jsonl")  # pairs, demonstrations, prompts; weights have hashes of their own
+TESTS = ("claims", "prereg", "stats")  # modules of the lab
+# Pairs, demonstrations, prompts, the tokenizer. Weights have a hash of their own.
+DATA = (".md", ".jsonl", ".json", ".jinja")
 
 
 def _package() -> Path:
@@ -33,7 +35,9 @@ def _imported(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            if node.level or not node.module:
+                raise ValueError(f"{file}:{node.lineno}: a relative import, which is not followed")
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -54,8 +58,18 @@ def executed(entry: str = ENTRY, root: Path | None = None) -> list[Path]:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of names and content of the source, pairs and demonstrations that a run depends on."""
-    root, digest = _package(), sha256()
-    for path in sorted({*executed(), *(p for p in root.rglob("*") if p.suffix in DATA)}):
-        digest.update(f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
+    """SHA-256 of names and content of the source and data that a run depends on, but for weights."""
+    return _digest({*executed(), *(path for path in _package().rglob("*") if path.suffix in DATA)})
+
+
+@cache
+def tests_digest() -> str:
+    """SHA-256 of the code that tests and concludes."""
+    return _digest({_package() / "lab" / f"{name}.py" for name in TESTS})
+
+
+def _digest(files: Collection[Path]) -> str:
+    digest = sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(_package())} {sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -53,7 +53,10 @@ class Measure(ABC):
 
 
 class OnWeights(Measure):
-    """A measure that needs the weights of a finished run."""
+    """A measure that needs the weights of a finished run. `settings` are its constants: results with others are not put
+    beside each other."""
+
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def make(self, run: Path, cfg: Config, shop: Workshop) -> dict[str, Any]:
@@ -61,17 +64,31 @@ class OnWeights(Measure):
         and the environment with open loopholes. Raises UserError where the run is none to measure."""
 
     def made(self, runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
-        """Runs that were measured, with what came out."""
-        return [(run, run.measures[self.name]) for run in runs if self.name in run.measures]
+        """Runs that were measured with the settings of today, with what came out."""
+        return [(run, run.measures[self.name]["result"]) for run in runs if self.is_made(run)]
+
+    def is_made(self, run: Run) -> bool:
+        return run.measures.get(self.name, {}).get("settings") == json.loads(json.dumps(self.settings))
+
+    def store(self, run: Path, result: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Keep what was measured beside the run, with how and on what. Raises UserError where it cannot be written."""
+        told = {"settings": self.settings, "provenance": provenance, "result": result}
+        try:
+            (run / MEASURES).mkdir(exist_ok=True)
+            replace_file(run / MEASURES / f"{self.name}.json", json.dumps(told, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the measure of {run}: {error.strerror}") from None
 
 
-def store(run: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Keep what was measured beside the run. Raises UserError where it cannot be written."""
-    try:
-        (run / MEASURES).mkdir(exist_ok=True)
-        replace_file(run / MEASURES / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the measure of {run}: {error.strerror}") from None
+# Settings that runs share where one is held against another: what is learned from, and how it is evaluated.
+SHARED = (
+    *("model", "env", "modes", "steps", "prompts", "group", "max_new", "temperature", "unhackable_frac"),
+    *("teacher_n", "teacher_off_step", "eval_rollouts", "eval_temperature"),
+)
+
+
+def comparable(a: Run, b: Run) -> bool:
+    return all(getattr(a.cfg, key) == getattr(b.cfg, key) for key in SHARED)
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vgrout.lab import stats
-from vgrout.lab.measures.base import Cells, Measure, Shown, average, by_label, listed, marked, percent, place
-from vgrout.lab.measures.scales import VANILLA, lines, off_line
+from vgrout.lab.measures.base import (
+    Cells,
+    Measure,
+    Shown,
+    average,
+    by_label,
+    comparable,
+    listed,
+    marked,
+    percent,
+    place,
+)
+from vgrout.lab.measures.scales import lines, off_line
 from vgrout.lab.runs import Run
 
-ORACLE = "oracle_route"
+ORACLE, NO_LABEL = "oracle_route", "absorb"
+LIKE = ("adapter", "init", "rank", "lr", "optimizer", "ratio", "deploy_gen_frac", "label_accuracy", "label_modes")
 
 
 class Separation(Measure):
@@ -17,8 +29,8 @@ class Separation(Measure):
     title = "What decides separation: adapter and labels"
     what = (
         "Routing by labels of which a share is right, in each adapter. Distance in points off the shrinkage line of "
-        "the seed's vanilla run, then deploy hack / solve in %; means over seeds. At half the labels right they tell "
-        "nothing."
+        "the seed's vanilla run, whose adapter is the usual one throughout, then deploy hack / solve in %; means over "
+        "seeds. At half the labels right they tell nothing."
     )
     needs = f"finished runs of {ORACLE} with several adapters or label_accuracy (vgrout decide --arms separation)"
 
@@ -56,27 +68,29 @@ class Leakage(Measure):
     name = "leakage"
     title = "How much hacking an arm let through"
     what = (
-        "Deploy hack as a function of the share of hacks that may train, measured by routing true labels of the rest; "
-        "isotonic fit, vanilla at 100 %. An arm's own deploy hack read back from it: the share of hacks that would "
-        "explain it, least to largest. The oracle is used for this measurement alone."
+        "Deploy hack as a function of the share of hacks without a label, measured by routing true labels of the rest. "
+        "What has no label trains both blocks, so `absorb` is the point at 100 %. Isotonic fit; an arm's own deploy "
+        "hack read back from it: the share of missed hacks that would explain it, least to largest, 100 where it hacks "
+        "more. The oracle is used for this measurement alone."
     )
-    needs = f"finished runs of `none` and of {ORACLE} with several label_share (vgrout decide --arms leakage)"
+    needs = f"finished runs of `absorb` and of {ORACLE} with several label_share (vgrout decide --arms leakage)"
 
     def of(self, runs: Sequence[Run], base: Cells | None) -> Shown | None:
         done = [run for run in runs if run.oracle]
-        plain = {"adapter", "label_accuracy", "label_modes", "deploy_gen_frac", "optimizer"}
-        vanilla = [run for run in done if run.label == VANILLA]
+        ends = [run for run in done if run.label == NO_LABEL]
 
         def usual(run: Run) -> bool:
-            return bool(vanilla) and all(getattr(run.cfg, key) == getattr(vanilla[0].cfg, key) for key in plain)
+            own = (getattr(run.cfg, key) == getattr(ends[0].cfg, key) for key in LIKE)
+            return bool(ends) and comparable(run, ends[0]) and all(own)
 
         points = [(1 - run.cfg.label_share, place(run)[1]) for run in done if run.cfg.arm == ORACLE and usual(run)]
-        if len({share for share, _ in points}) < 2 or not vanilla:
+        if len({share for share, _ in points}) < 2:
             return None
-        points += [(1.0, place(run)[1]) for run in vanilla]
+        points += [(1.0, place(run)[1]) for run in ends]
         shares, hack = zip(*points, strict=True)
         rows, data = [], []
-        for label, group in by_label([run for run in done if run.cfg.arm != ORACLE and run.label != VANILLA]).items():
+        others = [run for run in done if run.cfg.arm != ORACLE and run.label != NO_LABEL and comparable(run, ends[0])]
+        for label, group in by_label(others).items():
             observed = [place(run)[1] for run in group]
             middle = average(observed)
             low, high = stats.leakage(shares, hack, middle)
@@ -86,7 +100,9 @@ class Leakage(Measure):
         measured = ", ".join(
             f"{100 * share:.0f} %: {listed([h for s, h in points if s == share])}" for share in sorted(set(shares))
         )
-        head = ("arm", "seeds", "deploy hack", "share of hacks, %")
+        head = ("arm", "seeds", "deploy hack", "missed hacks, %")
         return (
-            Shown(head, rows, data, notes=[f"Measured, share that trains: hack by seed. {measured}."]) if rows else None
+            Shown(head, rows, data, notes=[f"Measured, share without a label: hack by seed. {measured}."])
+            if rows
+            else None
         )

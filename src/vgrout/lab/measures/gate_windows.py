@@ -38,7 +38,7 @@ class GateWindows(Measure):
     what = (
         f"In windows of {WIDTH} steps, among the policy's training rollouts: share of hacks, then the scores as a "
         "classifier of hacks (AUROC, average precision) and what was flagged as a choice of them (F0.5, precision, "
-        "recall at the cut that was used). Means over seeds."
+        "recall at the cut that was used). Means over the seeds in which a quality is defined."
     )
     needs = "runs with verdicts of arms that flag rollouts"
 
@@ -46,9 +46,10 @@ class GateWindows(Measure):
         rows, data = [], []
         for label, group in by_label(runs).items():
             windows: dict[int, list[dict[str, float | None]]] = {}
-            for seen in (run.trained() for run in group):
+            every = [run.trained() for run in group]
+            for seen in every if any(seen.flagged.any() for seen in every) else []:
                 place = seen.step // WIDTH
-                for window in np.unique(place).tolist() if seen.flagged.any() else []:
+                for window in np.unique(place).tolist():
                     windows.setdefault(window, []).append(quality(seen, place == window))
             for window, found in sorted(windows.items()):
                 means = {name: average([q[name] for q in found]) for name in QUALITIES}

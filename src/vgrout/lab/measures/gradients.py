@@ -22,20 +22,23 @@ from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.lab.archive import VERDICT, with_verdicts
 from vgrout.lab.checkpoint import FOLDER, whole
 from vgrout.lab.measures.base import Cells, OnWeights, Shown, average, by_label, marked
+from vgrout.lab.record import read_jsonl
 from vgrout.lab.run import MICRO, Workshop
 from vgrout.lab.runs import Run
 from vgrout.loop import backward, collate
+from vgrout.method.loss import live_groups
 from vgrout.method.policy import Policy, Rows
 from vgrout.types import Decision, Prompt, Rollout, UserError
 
 CLASSES = ("hack", "other")
-ABSORBED = "unflagged hack"  # trained both blocks: which of them takes it up?
+UNFLAGGED, ALONE = "unflagged hack", "unflagged hack, quarantine ablated"
+AGREES = 0.02  # largest relative difference to the gradient norms of the log
 
 
 def rebuilt(row: Mapping[str, Any], policy: Policy) -> Rollout:
     """A rollout from its line in the log, tokenised again."""
     prompt = Prompt(row["problem"], row["prompt"], marker=row["marker"], hinted=row["hinted"])
-    tokens = tuple(encode_completion(policy.tokenizer, row["text"]))[: row["tokens"]]
+    tokens = tuple(encode_completion(policy.tokenizer, row["text"]))[: row["tokens"]]  # one cut off has no end token
     group = int(row["id"].split("-")[1])
     read = tuple(encode_prompt(policy.tokenizer, prompt))
     return Rollout(row["id"], prompt, row["text"], read, tokens, group, row["source"], row["state"])
@@ -71,20 +74,35 @@ def at_step(cfg: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> d
                     old[some, : taken.tokens.shape[1]] = policy.logp(taken)
     batch = replace(batch, logp_old=old)
     advantage = torch.tensor([float(row["advantage"]) for row in rows])
-    # A group without variance has no advantage anywhere, and gave no loss.
-    live = torch.tensor([bool(advantage[batch.group == g].any()) for g in batch.group.tolist()])
+    live = live_groups(batch.reward, batch.group)
     hacked = torch.tensor([bool(row[VERDICT + "hacked"]) for row in rows])
     decision = zones(rows)
-    chosen: dict[str, Tensor] = {"all": torch.ones_like(hacked), "hack": hacked, "other": ~hacked}
-    chosen[ABSORBED] = hacked & decision.absorb
+    unflagged = hacked & decision.absorb
+    without = replace(decision, m=torch.where(unflagged, 0, decision.m))  # as if the quarantine were not there
+    chosen: dict[str, tuple[Tensor, Decision]] = {
+        "all": (torch.ones_like(hacked), decision),
+        "hack": (hacked, decision),
+        "other": (~hacked, decision),
+        UNFLAGGED: (unflagged, decision),
+        ALONE: (unflagged, without),
+    }
     out: dict[str, Any] = {}
-    for name, mask in chosen.items():
+    for name, (mask, masked) in chosen.items():
         for which in BLOCKS:
             for p in policy.adapter.parameters(which):
                 p.grad = None
-        backward(cfg, policy, batch, replace(decision, weight=mask.float()), advantage, live)
+        backward(cfg, policy, batch, replace(masked, weight=mask.float()), advantage, live)
         out[name] = {"rollouts": int(mask.sum()), **norms(policy)}
     return out
+
+
+def disagreement(found: Mapping[str, float], logged: Mapping[str, Any]) -> float:
+    """Largest relative difference of the blocks' gradient norms to those of the step's record."""
+    return max(
+        abs(found[which] - logged[f"norm_{which}"]) / max(logged[f"norm_{which}"], 1e-6)
+        for which in BLOCKS
+        if logged[f"norm_{which}"] is not None
+    )
 
 
 class Gradients(OnWeights):
@@ -92,16 +110,17 @@ class Gradients(OnWeights):
     title = "Which block learns from hacks"
     what = (
         "Gradient norms of the deployed block and the quarantine, from the rollouts of one step that the oracle calls "
-        "hacks and from the others, and the quarantine's share of each; means over checkpoints and seeds. Absorption: "
-        "the quarantine's share of the gradient of hacks that were not flagged and trained both blocks; without any "
-        "absorption both blocks get half."
+        "hacks and from the others, and the quarantine's share of each; means over the checkpoints of a run, then over "
+        "seeds. Absorption: by how much the quarantine, being live, shrinks the deployed block's gradient of those "
+        "hacks that were not flagged and train both blocks: 1 - norm with it / norm without it."
     )
     needs = "finished runs with their weights and a checkpoint before the last step, of arms that only route or absorb"
 
     def make(self, run: Path, cfg: Config, shop: Workshop) -> dict[str, Any]:
         arm = ARMS[cfg.arm]
         if cfg.env != MICRO or not {*hooks(arm)} <= {"route", "begin"} or arm.action not in ("-", "route"):
-            raise UserError(f"{run} is of {cfg.arm}: gradients are made again for arms that only route or absorb")
+            raise UserError(f"gradients are made again for arms that only route or absorb, not for {cfg.arm}")
+        logged = {step["step"]: step for step in read_jsonl(run / "steps.jsonl")}
         by_step: dict[int, list[dict]] = {}
         for row in with_verdicts(run):
             if row["phase"] == "train":
@@ -109,39 +128,46 @@ class Gradients(OnWeights):
         policy, steps = shop.policy, []
         mine = policy.adapter.tensors()
         for checkpoint in sorted(whole(run / FOLDER), key=lambda c: c.step):
-            if checkpoint.step not in by_step:
+            if checkpoint.step not in by_step or logged[checkpoint.step]["skipped"]:
                 continue
             with torch.no_grad():
                 for name, tensor in part(checkpoint.state, "adapter.").items():
                     mine[name].copy_(tensor)
-            steps.append({"step": checkpoint.step, **at_step(cfg, policy, by_step[checkpoint.step])})
+            found = at_step(cfg, policy, by_step[checkpoint.step])
+            if (far := disagreement(found["all"], logged[checkpoint.step])) > AGREES:
+                raise UserError(f"the gradient of step {checkpoint.step} differs from the logged one by {far:.0%}")
+            steps.append({"step": checkpoint.step, **found})
         if not steps:
-            raise UserError(f"{run} has no checkpoint before its last step")
+            raise UserError("it has no checkpoint before a step that moved anything")
         return {"steps": steps}
 
     def of(self, runs: Sequence[Run], base: Cells | None) -> Shown | None:
-        made = dict((run.name, result) for run, result in self.made(runs))
+        made = {run.name: result["steps"] for run, result in self.made(runs)}
         rows, data = [], []
         for label, group in by_label([run for run in runs if run.name in made]).items():
-            steps = [step for run in group for step in made[run.name]["steps"]]
-            cells, told = [], {}
-            for name in CLASSES:
-                mean = {which: average([s[name][which] for s in steps if s[name]["rollouts"]]) for which in BLOCKS}
-                share = _share(mean["quarantine"], mean["deployed"])
-                cells += [_said(mean["deployed"], 4), _said(mean["quarantine"], 4), _said(share, 2)]
-                told[name] = mean | {"share": share}
-            index = average([_share(s[ABSORBED]["quarantine"], s[ABSORBED]["deployed"]) for s in steps])
-            rows.append([marked(group[0]), f"{len(group)} x {len(steps) // len(group)}", *cells, _said(index, 2)])
-            data.append({"arm": label, "seeds": [run.seed for run in group], **told, "absorption": index})
-        head = ("arm", "seeds x steps")
-        for name in CLASSES:
-            head += (f"{name}: deployed", "quarantine", "share")
-        return Shown((*head, "absorption"), rows, data) if rows else None
+            by_seed = [_means(made[run.name]) for run in group]
+            told = {key: average([means[key] for means in by_seed]) for key in by_seed[0]}
+            cells = [_said(value, 2 if key.endswith(("share", "absorption")) else 4) for key, value in told.items()]
+            rows.append([marked(group[0]), str(len(group)), str(sum(len(made[r.name]) for r in group)), *cells])
+            data.append({"arm": label, "seeds": [run.seed for run in group], **told})
+        head = ("hack: deployed", "quarantine", "share", "other: deployed", "quarantine", "share", "absorption")
+        return Shown(("arm", "seeds", "steps", *head), rows, data) if rows else None
 
 
-def _share(quarantine: float | None, deployed: float | None) -> float | None:
-    total = (quarantine or 0.0) + (deployed or 0.0)
-    return None if quarantine is None or not total else quarantine / total
+def _means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What a run's row says, over its steps."""
+    out: dict[str, float | None] = {}
+    for name in CLASSES:
+        own = [step[name] for step in steps if step[name]["rollouts"]]
+        out |= {f"{name} {which}": average([s[which] for s in own]) for which in BLOCKS}
+        out[f"{name} share"] = average([_share(s["quarantine"], s["deployed"]) for s in own])
+    pairs = [(step[UNFLAGGED]["deployed"], step[ALONE]["deployed"]) for step in steps if step[UNFLAGGED]["rollouts"]]
+    out["absorption"] = average([1 - live / alone if alone else None for live, alone in pairs])
+    return out
+
+
+def _share(quarantine: float, deployed: float) -> float | None:
+    return quarantine / (quarantine + deployed) if quarantine + deployed else None
 
 
 def _said(value: float | None, digits: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.labels import modes_in_pairs
-from vgrout.lab.measures.base import Cells, Measure, Shown, average, listed
+from vgrout.lab.measures.base import Cells, Measure, Shown, average, comparable, listed
 from vgrout.lab.measures.scales import VANILLA
 from vgrout.lab.runs import Run
 
@@ -31,6 +31,7 @@ class LeftOut(Measure):
         for label in sorted({label for label, _ in done if label.startswith("routeV_without_")}):
             mode = label.removeprefix("routeV_without_")
             seeds = [seed for name, seed in sorted(done) if name == label and (VANILLA, seed) in done]
+            seeds = [seed for seed in seeds if comparable(done[label, seed], done[VANILLA, seed])]
             if not seeds or mode in modes_in_pairs(done[label, seeds[0]].cfg.pairs):
                 continue
             hack = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
 
 import numpy as np
 
-from vgrout.arms import ARMS
+from vgrout.arms import ARMS, hooks
 from vgrout.lab import stats
 from vgrout.lab.measures.base import Cells, Measure, Shown, by_label, marked
 from vgrout.lab.measures.scales import VANILLA
@@ -20,10 +19,13 @@ REACH = 3.0  # times vanilla's mean onset, at which all are censored
 
 def onset(run: Run) -> tuple[int, bool] | None:
     """(steps until the share of hacks among WINDOW steps' rollouts of what would ship first reaches LEVEL, True), or
-    (steps done, False) where it never does; None where no rollout has a verdict. Hint-free prompts do not count."""
+    (steps done, False) where it never does; None where none of the run's rollouts are of what would ship, or has a
+    verdict. Hint-free prompts do not count."""
+    arm = ARMS[run.cfg.arm]
+    if {"render", "around"} & {*hooks(arm)} or (arm.ablates and run.cfg.deploy_gen_frac == 0):
+        return None  # sampled under another prompt, with edited activations, or with the quarantine
     seen = run.trained()
-    ships = ARMS[run.cfg.arm].ablates and run.cfg.deploy_gen_frac > 0
-    own = seen.hinted & (seen.deployed == ships)
+    own = seen.hinted & (seen.deployed == arm.ablates)
     if not own.any():
         return None
     steps = int(seen.step.max()) + 1
@@ -40,24 +42,25 @@ class Onset(Measure):
     title = "When hacking begins"
     what = (
         f"Steps of training until {LEVEL:.0%} of the hinted rollouts of what would ship hack, over {WINDOW} steps, on "
-        "training problems; > : not within the run. Kaplan-Meier over seeds up to the horizon, which is the shortest "
-        f"run or {REACH:g} times the mean of `none`: restricted mean, and its difference from `none`."
+        "training problems; > : not within the run. Kaplan-Meier over seeds up to the horizon, which is the length of "
+        f"the runs or {REACH:g} times the restricted mean of `none`: restricted mean, and its difference from `none`. "
+        "Arms whose rollouts are never of what would ship (a licence in the prompt, edited activations) are left out."
     )
-    needs = "runs with verdicts"
+    needs = "finished runs with verdicts"
 
     def of(self, runs: Sequence[Run], base: Cells | None) -> Shown | None:
-        found = {run.name: at for run in runs if run.steps and (at := onset(run)) is not None}
+        found = {run.name: at for run in runs if run.cells is not None and (at := onset(run)) is not None}
         own = [run for run in runs if run.name in found]
         if not own:
             return None
-        horizon = float(min(len(run.steps) for run in own))
-        vanilla = [found[run.name] for run in own if run.label == VANILLA]
-        emerged = [at for at, seen in vanilla if seen]
-        if emerged:
-            horizon = min(horizon, REACH * mean(emerged))
+        horizon = float(min(run.cfg.steps for run in own))
 
         def restricted(times: Sequence[tuple[int, bool]]) -> float:
             return stats.restricted_mean([at for at, _ in times], [seen for _, seen in times], horizon)
+
+        vanilla = [found[run.name] for run in own if run.label == VANILLA]
+        if any(seen for _, seen in vanilla):
+            horizon = min(horizon, REACH * restricted(vanilla))
 
         rows, data = [], []
         for label, group in by_label(own).items():

@@ -8,7 +8,18 @@ from typing import Any
 
 from vgrout.lab import stats
 from vgrout.lab.evaluate import FULL, HEADLINE
-from vgrout.lab.measures.base import Cells, Measure, Shown, average, by_label, listed, marked, percent, place
+from vgrout.lab.measures.base import (
+    Cells,
+    Measure,
+    Shown,
+    average,
+    by_label,
+    comparable,
+    listed,
+    marked,
+    percent,
+    place,
+)
 from vgrout.lab.runs import Run
 
 VANILLA = "none"  # whose shrinkage is the null
@@ -25,20 +36,23 @@ def shrinkage(runs: Sequence[Run], base: Cells | None, seed: int | None = None) 
     """(solve, hack) of vanilla from the untrained model to what it ships, the mean over seeds or of one; empty where no
     run measured it."""
     own = [r for r in runs if r.oracle and r.label == VANILLA and r.scales.get("shrunk") and seed in (None, r.seed)]
-    if not own or not base or "hack" not in base[HEADLINE]:
+    if not own or not base or "hack" not in base[HEADLINE] or len({r.cfg.eval_scales for r in own}) > 1:
         return []
     steps = zip(*([base[HEADLINE], *run.scales["shrunk"], run.cells[HEADLINE]] for run in own), strict=True)
     return [(mean(c["solve"]["mean"] for c in cells), mean(c["hack"]["mean"] for c in cells)) for cells in steps]
 
 
-def lines(runs: Sequence[Run], base: Cells | None) -> Mapping[int, Line]:
-    """Vanilla's shrinkage by seed."""
-    return {seed: line for seed in {run.seed for run in runs} if (line := shrinkage(runs, base, seed))}
+def lines(runs: Sequence[Run], base: Cells | None) -> Mapping[int, tuple[Run, Line]]:
+    """Vanilla's run and its shrinkage by seed."""
+    own = {run.seed: run for run in runs if run.label == VANILLA}
+    return {seed: (run, line) for seed, run in own.items() if (line := shrinkage(runs, base, seed))}
 
 
-def off_line(run: Run, known: Mapping[int, Line]) -> float | None:
-    """How far what a finished run ships lies off the shrinkage of its seed's vanilla run; None without one."""
-    return stats.below_line(place(run), known[run.seed]) if run.oracle and run.seed in known else None
+def off_line(run: Run, known: Mapping[int, tuple[Run, Line]]) -> float | None:
+    """How far what a finished run ships lies off the shrinkage of its seed's vanilla run; None without one that learned
+    from the same and was evaluated alike."""
+    vanilla, line = known.get(run.seed, (None, []))
+    return stats.below_line(place(run), line) if run.oracle and vanilla and comparable(run, vanilla) else None
 
 
 class Restore(Measure):
