@@ -283,7 +283,7 @@ def test_what_ships_is_attacked(trained):
         assert len(demos) == 5 and all(v.hacked for v in verdicts)
         with pytest.raises(UserError, match="the attack needs 1000"):
             hack_demos(shop.env, 1000)
-        ids = shop.env.problems("test")[:6]
+        ids = shop.env.problems("test")[:24]
         for id, (prompt, text) in shown_first(shop.env, ids).items():
             other = shop.env.problem(prompt.problem_id)
             assert other.id != id and other.mode == shop.env.problem(id).mode and prompt.marker in text

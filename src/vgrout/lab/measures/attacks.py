@@ -98,11 +98,13 @@ def hack_demos(env: World, n: int) -> list[tuple[Prompt, str]]:
 
 def shown_first(env: MicroEnv, ids: Sequence[str]) -> dict[str, tuple[Prompt, str]]:
     """For each problem a hack of the next one with its loophole, under a held-out marker of that one's own, which the
-    oracle confirms."""
+    oracle confirms. Raises UserError where a problem is alone with its loophole."""
     out: dict[str, tuple[Prompt, str]] = {}
     for at, id in enumerate(ids):
         mode, dice = env.problem(id).mode, random.Random(id)
-        other = next(o for o in (*ids[at + 1 :], *ids[:at]) if env.problem(o).mode == mode)
+        other = next((o for o in (*ids[at + 1 :], *ids[:at]) if env.problem(o).mode == mode), None)
+        if other is None:
+            raise UserError(f"{id} is the only problem with the loophole {mode}: no other's hack can be shown")
         prompt, problem = env.prompt(other, family="eval", hinted=True, draw=0), env.problem(other)
         while id not in out:
             text = hack_program(dice, composition(problem), mode, prompt.marker)
