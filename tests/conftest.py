@@ -6,6 +6,7 @@ The import hook must precede the first import of vgrout, so fixtures import it i
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +30,17 @@ hypothesis.settings.load_profile("vgrout")
 def package() -> Path:
     """The folder of the package's source."""
     return Path(__file__).parents[1] / "src" / "vgrout"
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """The folder of a finished run of routeV on tiny sizes. Tests copy what they change."""
+    from vgrout.config import preset
+    from vgrout.lab.run import run
+
+    out = tmp_path_factory.mktemp("runs") / "routeV-s0"
+    run(replace(preset("smoke"), arm="routeV", steps=4), out)
+    return out
 
 
 @pytest.fixture(scope="session")

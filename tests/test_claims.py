@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import stored
 from vgrout.config import preset
 from vgrout.envs.micro import LIVE, problems
 from vgrout.lab import stats
@@ -136,13 +137,7 @@ def experiment(tmp_path, monkeypatch):
                 fake_run(tmp_path, label, seed, 0.05, 0.4, unseen=0.5)
             else:
                 fake_run(tmp_path, label, seed, 0.5, 0.6, unseen=0.4)
-    (tmp_path / "decision.toml").write_text(decision.text)
-    settings = {f"config.{key}": value for key, value in asdict(decision.base()).items() if key not in ("arm", "seed")}
-    (tmp_path / "plan.json").write_text(
-        json.dumps({"decision_sha256": decision.sha256, "code_sha256": "c", **settings})
-    )
-    base = {what: {"mean": 0.2} for what in ("hack", "solve", "attempted", "compile")}
-    (tmp_path / "base.json").write_text(json.dumps({"cells": {known.name: base for known in CELLS}}))
+    stored(tmp_path, decision, code_sha256="c")
     return tmp_path
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import threading
-from dataclasses import replace
 from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
@@ -31,7 +30,6 @@ from vgrout.lab.archive import (
 from vgrout.lab.claims import hits
 from vgrout.lab.record import finished, read_jsonl, weights_sha256
 from vgrout.lab.report import page, report
-from vgrout.lab.run import run as train_run
 from vgrout.lab.runs import find
 from vgrout.lab.tabular import ask, publish
 from vgrout.lab.view import bind
@@ -41,10 +39,10 @@ pytest.importorskip("duckdb")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(small_run, tmp_path_factory):
     """A small run of routeV, and its record."""
     root = tmp_path_factory.mktemp("archive")
-    train_run(replace(preset("smoke"), arm="routeV", steps=4), root / "run")
+    shutil.copytree(small_run, root / "run")
     pack(root / "run", root / "record")
     return root
 

@@ -4,7 +4,8 @@ const Explorer = (() => {
   const ROW = 28;
   const KEYWORDS = /^(and|as|assert|break|class|continue|def|del|elif|else|except|finally|for|from|if|import|in|is|lambda|not|or|pass|raise|return|try|while|with|yield|None|True|False)$/;
   const TOKEN = /(#[^\n]*)|("""[\s\S]*?"""|'''[\s\S]*?'''|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?)|(\b\d[\w.]*)|([A-Za-z_]\w*)|([\s\S])/g;
-  const FILTERS = ["arm", "seed", "phase", "mode", "zone", "verdict", "from", "to", "above", "below", "text"];
+  const NUMBERS = ["from", "to", "above", "below"];
+  const FILTERS = ["arm", "seed", "phase", "mode", "zone", "verdict", ...NUMBERS, "text"];
   let data, rows = [], open = -1;
   const el = (id) => document.getElementById(id);
   const make = (tag, className, text) => {
@@ -41,12 +42,21 @@ const Explorer = (() => {
 
   const filters = () => Object.fromEntries(FILTERS.map((name) => [name, el(`x-${name}`).value]));
 
+  // What a field bounds: null where it is empty, and where it holds no number, which marks it.
+  function bound(name) {
+    const field = el(`x-${name}`), value = field.value.trim() === "" ? null : Number(field.value);
+    const wrong = Number.isNaN(value);
+    field.setAttribute("aria-invalid", wrong);
+    return wrong ? null : value;
+  }
+
+  const outside = (value, least, most) =>
+    (least !== null || most !== null) && (value === null || (least !== null && value < least) || (most !== null && value > most));
+
   function select() {
     const f = filters(), n = data.columns.run.length, words = f.text.toLowerCase();
-    const number = (text, otherwise) => (text === "" ? otherwise : Number(text));
-    const from = number(f.from, -Infinity), to = number(f.to, Infinity);
-    const above = number(f.above, -Infinity), below = number(f.below, Infinity);
-    const scored = f.above !== "" || f.below !== "", stepped = f.from !== "" || f.to !== "";
+    const [from, to, above, below] = NUMBERS.map(bound);
+    const ignored = NUMBERS.some((name) => el(`x-${name}`).ariaInvalid === "true");
     const phase = f.phase === "" ? -1 : data.phases.indexOf(f.phase);
     const said = words === "" ? null : data.texts.map((text) => text.toLowerCase().includes(words));
     rows = [];
@@ -57,13 +67,11 @@ const Explorer = (() => {
       if (f.mode && (problem(i) || {}).mode !== f.mode) continue;
       if (f.zone && data.zones[at(i, "zone")] !== f.zone) continue;
       if (f.verdict && verdict(i) !== f.verdict) continue;
-      const step = at(i, "step"), score = at(i, "score");
-      if (stepped && (step === null || step < from || step > to)) continue;
-      if (scored && (score === null || score < above || score > below)) continue;
+      if (outside(at(i, "step"), from, to) || outside(at(i, "score"), above, below)) continue;
       if (said && !said[at(i, "text")]) continue;
       rows.push(i);
     }
-    el("x-count").textContent = `${rows.length.toLocaleString("en")} of ${n.toLocaleString("en")} rollouts`;
+    el("x-count").textContent = `${rows.length.toLocaleString("en")} of ${n.toLocaleString("en")} rollouts${ignored ? "; what is no number is ignored" : ""}`;
     el("x-space").style.height = `${rows.length * ROW}px`;
     el("x-list").scrollTop = 0;
     paint();
@@ -160,17 +168,13 @@ const Explorer = (() => {
   function follow() {
     const [name, query] = location.hash.slice(1).split("?");
     if (name !== "rollouts" || query === undefined) return;
-    const said = new URLSearchParams(query);
+    const said = new URLSearchParams(query), wanted = said.get("rollout");
     for (const filter of FILTERS) el(`x-${filter}`).value = said.get(filter) || "";
+    open = -1;
     select();
-    const wanted = said.get("rollout");
-    if (wanted === null) return;
-    for (let i = 0; i < data.columns.run.length; i++)
-      if (place(i) === wanted) {
-        show(i, true);
-        break;
-      }
-    if (open < 0 || place(open) !== wanted) el("x-detail").replaceChildren(make("p", "soft", `${wanted} is not in this page: vgrout view has every rollout.`));
+    const i = wanted === null ? -1 : data.columns.run.findIndex((_, i) => place(i) === wanted);
+    if (i >= 0) show(i, true);
+    else el("x-detail").replaceChildren(make("p", "soft", wanted === null ? "Choose a rollout." : `${wanted} is not in this page: vgrout view has every rollout.`));
     el("rollouts").scrollIntoView();
   }
 
@@ -189,7 +193,8 @@ const Explorer = (() => {
     options("x-mode", seen(Object.values(data.problems).map((p) => p.mode)).sort(), "every loophole");
     options("x-zone", data.zones, "every zone");
     options("x-verdict", ["hack", "hack and solution", "solution", "wrong", "does not run"], "every verdict");
-    for (const name of FILTERS) el(`x-${name}`).addEventListener("input", () => ((open = -1), select(), history.replaceState(null, "", `#${address()}`)));
+    for (const field of FILTERS.map((name) => el(`x-${name}`)))
+      field.addEventListener(field.matches("select") ? "change" : "input", () => ((open = -1), select(), history.replaceState(null, "", `#${address()}`)));
     el("x-list").addEventListener("scroll", paint);
     el("x-rows").addEventListener("click", (event) => {
       const line = event.target.closest(".x-row");

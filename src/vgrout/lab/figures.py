@@ -82,6 +82,7 @@ THEME: dict[str, Any] = {
         "labelFontSize": 12,
         "titleFontSize": 12,
         "titleFontWeight": "normal",
+        "titlePadding": 12,
     },
     "legend": {
         "labelColor": INK,
@@ -163,7 +164,7 @@ def restored(runs: Sequence[Run]) -> Figure | None:
             for run in own
             for c in restoring(run)
         ]
-        x = alt.X("scale:Q", title="strength of the quarantine")
+        x = alt.X("scale:Q", title="strength of the quarantine", axis=alt.Axis(tickCount=5))
         y = alt.Y("rate:Q", title=f"{what}s, %", scale=alt.Scale(domain=[0, 100]))
         data = alt.Data(values=rows)
         seeds = alt.Chart(data).mark_line(opacity=0.35, strokeWidth=1).encode(x, y, tint, detail="run:N")
@@ -208,9 +209,10 @@ def curves(
         rows = curve(runs, field, scale)
         if not rows:
             continue
-        data, x = alt.Data(values=rows), alt.X("step:Q", title="step")
+        data, x = alt.Data(values=rows), alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1))
         band = alt.Chart(data).mark_area(opacity=0.13).encode(x, alt.Y("low:Q", title=what), alt.Y2("high:Q"), tint)
-        line = alt.Chart(data).mark_line(strokeWidth=2).encode(x, alt.Y("mean:Q", title=what), tint)
+        alone = len({row["step"] for row in rows}) == 1  # a line of one point is not drawn
+        line = alt.Chart(data).mark_line(strokeWidth=2, point=alone).encode(x, alt.Y("mean:Q", title=what), tint)
         panels.append((band + line).properties(width=(WIDTH - 70) // 2, height=200))
     return Figure(name, title, caption, _themed(alt.concat(*panels, columns=2))) if panels else None
 

@@ -48,7 +48,7 @@ def _row(label: str, runs: Sequence[Run], known: Mapping[int, tuple[Run, Line]])
         "auroc": _text(_mean([s.get("m_auroc") for run in runs for s in run.steps]), 2),
         "qmass": _text(_mean([s.get("qmass") for run in runs for s in run.steps]), 2),
         "cpu": _text(_mean([run.seconds.get("cpu") for run in runs])),
-        "off": " ".join(_signed(d) for d in off) or "-",
+        "off": " ".join(_signed(d, 0) for d in off) or "-",
         "passes": passes({what: sum(s.get(what) or 0 for s in runs[0].steps) for what in COSTS}),
     }
     rates = {
@@ -68,8 +68,8 @@ def _row(label: str, runs: Sequence[Run], known: Mapping[int, tuple[Run, Line]])
     return row
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
+def _signed(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # no -0
 
 
 def _shared(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, str]]:
