@@ -116,8 +116,8 @@ def percent(values: Sequence[float | None]) -> str:
 
 
 def listed(values: Sequence[float | None], scale: float = 100.0, digits: int = 0) -> str:
-    """Values by seed."""
-    return " ".join("-" if v is None else f"{round(scale * v, digits) + 0.0:.{digits}f}" for v in values) or "-"  # no -0
+    """Values by seed; none is -0."""
+    return " ".join("-" if v is None else f"{round(scale * v, digits) + 0.0:.{digits}f}" for v in values) or "-"
 
 
 def average(values: Sequence[float | None]) -> float | None:
