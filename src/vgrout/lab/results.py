@@ -13,6 +13,7 @@ from urllib.parse import quote
 from rich.console import Console
 
 from vgrout.lab.checkpoint import replace_file
+from vgrout.lab.claims import is_decided
 from vgrout.lab.decide import DECISION
 from vgrout.lab.report import Content, gathered, template
 from vgrout.lab.tables import can_write
@@ -56,6 +57,8 @@ def results(folder: Path, out: Path, figures: Path, console: Console) -> int:
     if out.suffix != ".md":
         raise UserError(f"{out}: give a file that ends in .md")
     can_write(out)
+    if not is_decided(folder):
+        raise UserError(f"{folder} is no experiment of a preregistered decision: `vgrout decide --decision` makes one")
     with console.status("reading runs and drawing"):
         content = gathered([folder], decided=True)
         if content.unread:

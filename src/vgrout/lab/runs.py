@@ -16,6 +16,7 @@ from vgrout.config import Config
 from vgrout.lab.archive import (
     RUN,
     VERDICT,
+    faults,
     is_record,
     measured,
     read_record,
