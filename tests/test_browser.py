@@ -67,7 +67,7 @@ def experiment(small_run, tmp_path_factory):
     """A preregistered experiment under way: a seed of each arm, and the second run has other settings."""
     folder = tmp_path_factory.mktemp("experiment")
     shutil.copytree(small_run, folder / small_run.name)
-    run(replace(preset("smoke"), arm="none", seed=1, steps=4, eval_rollouts=8), folder / "none-s1")
+    run(replace(preset("smoke"), arm="none", seed=1, steps=2, eval_rollouts=4), folder / "none-s1")
     (folder / "decision.toml").write_text(DECISION)
     stored(folder, read(folder / "decision.toml"))
     return folder
