@@ -165,7 +165,8 @@ def commands(base: Config) -> dict:
             full: With the quarantine live, which is not what ships.
             merged: A plain checkpoint, the only form of adapters that are as wide as the model's weights.
             dtype: Numbers of the written weights.
-            base: Name of the base model for those who load it, as on a hub; the path of its folder when not given.
+            base: Name of the base model for those who load it, as on a hub. Its folder when not given; the bundled
+                model goes along as a copy.
             force: Replace an export that is in the folder.
         """
         from vgrout.lab.export import export as work
