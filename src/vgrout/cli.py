@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -146,6 +146,32 @@ def commands(base: Config) -> dict:
         from vgrout.lab.reeval import reevaluate
 
         reevaluate(run, split, rollouts, console)
+        return 0
+
+    def export(
+        run: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[Path],
+        full: bool = False,
+        merged: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        base: str = "",
+        force: bool = False,
+    ) -> int:
+        """Write what a finished run ships as a PEFT LoRA folder or a plain checkpoint, with a model card.
+
+        Args:
+            run: Folder of the run.
+            out: Folder to write.
+            full: With the quarantine live, which is not what ships.
+            merged: A plain checkpoint, the only form of adapters that are as wide as the model's weights.
+            dtype: Numbers of the written weights.
+            base: Name of the base model for those who load it, as on a hub. Its folder when not given; the bundled
+                model goes along as a copy.
+            force: Replace an export that is in the folder.
+        """
+        from vgrout.lab.export import export as work
+
+        work(run, out, console, full=full, merged=merged, dtype=dtype, base=base, force=force)
         return 0
 
     def make_report(
@@ -571,6 +597,7 @@ def commands(base: Config) -> dict:
         "show": show,
         "train": train,
         "eval": evaluate,
+        "export": export,
         "arms": arms,
         "modes": modes,
         "grade": grade,
