@@ -97,9 +97,14 @@ def read_steps(record: Path) -> list[dict[str, Any]]:
     return _read_table(record / STEPS)
 
 
-def read_rollouts(record: Path, phase: str | None = None, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """rollouts.jsonl, of one phase or all, with the verdicts; fields that a rollout did not have are None."""
-    return _read_table(record / ROLLOUTS, "" if phase is None else f" WHERE phase = {quoted(phase)}", columns)
+def read_rollouts(
+    record: Path, phases: Sequence[str] = (), columns: Sequence[str] = (), every: int = 1
+) -> list[dict[str, Any]]:
+    """rollouts.jsonl with the verdicts: of some phases or all, of each `every`-th step of training. Fields that a
+    rollout did not have are None."""
+    where = [f"phase IN ({', '.join(map(quoted, phases))})"] if phases else []
+    where += [f"(phase <> 'train' OR step % {every} = 0)"] if every > 1 else []
+    return _read_table(record / ROLLOUTS, f" WHERE {' AND '.join(where)}" if where else "", columns)
 
 
 def with_verdicts(run: Path) -> list[dict[str, Any]]:

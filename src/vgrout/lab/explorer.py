@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from vgrout.arms import ARMS
@@ -39,17 +39,15 @@ class Texts:
         return list(self.place)
 
 
-def chosen(runs: Sequence[Run], limit: int) -> tuple[Callable[[dict], bool], int, bool]:
-    """Which rollouts fit into a page, and how many steps of training are skipped from one shown to the next: those of
-    the evaluation of what ships on held-out markers, and all of every `n`-th step of training; every rollout where they
-    fit, which the last says."""
+def chosen(runs: Sequence[Run], limit: int) -> tuple[tuple[str, ...], int]:
+    """Which rollouts fit into a page: phases, none for all of them, and the number n of which every n-th step of
+    training is shown. Where not all fit, of the evaluation only what ships on held-out markers is."""
     every = sum(sum(step_size(run) for _ in run.steps) for run in runs)
     cells = sum(len(run.cells) * run.cfg.eval_rollouts for run in runs if run.cells is not None)
     if every + cells <= limit:
-        return lambda row: True, 1, True
+        return (), 1
     kept = sum(run.cfg.eval_rollouts for run in runs if run.cells is not None)
-    n = max(1, -(-every // max(1, limit - kept)))
-    return lambda row: row["step"] % n == 0 if row["phase"] == "train" else row["phase"] == f"eval:{HEADLINE}", n, False
+    return ("train", f"eval:{HEADLINE}"), max(1, -(-every // max(1, limit - kept)))
 
 
 def step_size(run: Run) -> int:
@@ -58,7 +56,7 @@ def step_size(run: Run) -> int:
 
 def table(runs: Sequence[Run], limit: int = LIMIT) -> dict[str, Any]:
     """Columns, one entry per rollout, and what their numbers stand for."""
-    fits, every, whole = chosen(runs, limit)
+    shown, every = chosen(runs, limit)
     prompts, texts, phases, zones, ids = (Texts() for _ in range(5))
     names: tuple[str, ...] = (
         "run",
@@ -75,7 +73,7 @@ def table(runs: Sequence[Run], limit: int = LIMIT) -> dict[str, Any]:
     )
     columns: dict[str, list] = {name: [] for name in names}
     for r, run in enumerate(runs):
-        for row in filter(fits, run.rollouts()):
+        for row in run.rollouts(shown, every):
             known = row.get(VERDICT + "compiled") is not None
             bits = sum(bool(row[VERDICT + flag]) << i for i, flag in enumerate(FLAGS)) if known else -1
             values = {
@@ -104,7 +102,7 @@ def table(runs: Sequence[Run], limit: int = LIMIT) -> dict[str, Any]:
         "flags": FLAGS,
         "trains": TRAINS,
         "every": every,
-        "whole": whole,
+        "whole": not shown,
         "columns": columns,
     }
 

@@ -81,9 +81,13 @@ class Run:
         """Whether its rollouts have verdicts."""
         return self.cells is not None and all("hack" in cell for cell in self.cells.values())
 
-    def rollouts(self) -> list[dict]:
-        """Every rollout, its verdict's fields behind `verdict_`."""
-        return read_rollouts(self.folder) if is_record(self.folder) else with_verdicts(self.folder)
+    def rollouts(self, phases: Sequence[str] = (), every: int = 1) -> list[dict]:
+        """Rollouts, their verdicts' fields behind `verdict_`: of some phases or all, of each `every`-th step of
+        training."""
+        if is_record(self.folder):
+            return read_rollouts(self.folder, phases, every=every)
+        rows = (row for row in _logged(self.folder) if not phases or row["phase"] in phases)
+        return [row for row in rows if row["phase"] != "train" or row["step"] % every == 0]
 
     def trained(self) -> Trained:
         return _trained(self.folder)
@@ -95,7 +99,7 @@ class Run:
 
 @cache
 def _evaluated(folder: Path, phase: str) -> tuple[dict, ...]:
-    rows = read_rollouts(folder, phase) if is_record(folder) else _logged(folder)
+    rows = read_rollouts(folder, (phase,)) if is_record(folder) else _logged(folder)
     return tuple(row for row in rows if row["phase"] == phase)
 
 
@@ -104,7 +108,7 @@ NEEDED = ("step", "source", "state", "hinted", "flagged", "score", VERDICT + "ha
 
 @cache
 def _trained(folder: Path) -> Trained:
-    rows = read_rollouts(folder, "train", NEEDED) if is_record(folder) else _logged(folder)
+    rows = read_rollouts(folder, ("train",), NEEDED) if is_record(folder) else _logged(folder)
     own = [r for r in rows if r.get("phase", "train") == "train" and r["source"] == "policy"]
     own = [r for r in own if r.get(VERDICT + "hacked") is not None]
     return Trained(
