@@ -286,7 +286,8 @@ def test_what_ships_is_attacked(trained):
         ids = shop.env.problems("test")[:24]
         for id, (prompt, text) in shown_first(shop.env, ids).items():
             other = shop.env.problem(prompt.problem_id)
-            assert other.id != id and other.mode == shop.env.problem(id).mode and prompt.marker in text
+            assert other.id != id and other.mode == shop.env.problem(id).mode
+            assert all(word in text for word in prompt.marker.split())
             assert shop.env.grader.verdicts([(other, prompt, text)])[0].hacked
         # An attack is the same for every run, and its adapter is not the one that training had.
         wild = replace(cfg, lr=9.0, rank=3, adapter="delta_s", optimizer="sgd", arm="routeV")
@@ -322,6 +323,7 @@ def test_fine_tuning_on_hacks_teaches_hacking(trained, monkeypatch):
 def test_commands_measure_once_and_keep_it(trained, monkeypatch, capsys):
     for name, value in (("DEMOS", (2,)), ("SFT_STEPS", 4), ("SAMPLES", 4), ("GRPO_STEPS", 3), ("TRIES", 2)):
         monkeypatch.setattr(attacks, name, value)
+    monkeypatch.setattr(attacks, "preset", lambda name: preset("smoke"))  # as small as the runs
     console = Console(width=200)
     runs = [trained / name for name in ("routeV-s0", "rl_baseline-s0")]
     for name in ("relearn", "elicit"):
@@ -350,7 +352,7 @@ def test_commands_measure_once_and_keep_it(trained, monkeypatch, capsys):
     assert "hack shown" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing to measure: gradients needs"):
         show_measure("gradients", [trained / "record"], None, console)
-    assert "not measured: record-s0: it is not finished, or has no weights" in capsys.readouterr().out.replace(
+    assert "not measured: routeV-s0: it is not finished, or has no weights" in capsys.readouterr().out.replace(
         "\n", " "
     )
     seen, logged = (read_run(folder).trained() for folder in (trained / "record", runs[0]))

@@ -143,10 +143,10 @@ def test_a_page_about_one_run(made, tmp_path):
         assert report([made / source], tmp_path / f"{source}.html", tmp_path / "figures", console) == 0
     page = (tmp_path / "run.html").read_text()
     assert page == (tmp_path / "record.html").read_text()
-    assert "everything below is exploratory" in page and 'id="plane"' in page and page.count("<svg") == 4
+    assert "everything below is exploratory" in page and 'id="plane"' in page and page.count("<svg") == 5
     assert "src=" not in page and "@import" not in page and "url(" not in page  # nothing from elsewhere
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("plane", "restore", "training", "modes") for kind in ("svg", "png")
+        f"{name}.{kind}" for name in ("plane", "restore", "training", "scores", "modes") for kind in ("svg", "png")
     }
 
 
