@@ -23,8 +23,8 @@ from vgrout.lab.evaluate import CELLS
 from vgrout.lab.grid import named
 from vgrout.lab.labels import modes_in_pairs
 from vgrout.lab.prereg import concluded, read
-from vgrout.lab.report import page
-from vgrout.lab.results import results
+from vgrout.lab.report import gathered, page
+from vgrout.lab.results import markdown, results
 from vgrout.lab.runs import find, read_run
 from vgrout.types import UserError
 
@@ -295,3 +295,17 @@ def test_results_want_every_run(experiment, tmp_path):
     (experiment / "none-s11" / "steps.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="none-s11 is damaged"):
         results(experiment, out, tmp_path / "f", console)
+
+
+@pytest.mark.slow
+def test_the_committed_results_are_those_of_the_records(monkeypatch):
+    """`vgrout lab results records/micro` would write docs/results.md and its figures as they are."""
+    monkeypatch.chdir(OURS.parent)
+    records, page, figures = Path("records/micro"), Path("docs/results.md"), Path("docs/figures/results")
+    if not page.is_file():
+        pytest.skip("the decision has not run to its end yet")
+    content = gathered([records], decided=True)
+    assert not content.unread and markdown(content, records, page, figures) == page.read_text()
+    assert {file.name for file in figures.iterdir()} == {f"{figure.name}.svg" for figure in content.figures}
+    for figure in content.figures:
+        assert figure.printed() == (figures / f"{figure.name}.svg").read_text(), figure.name
