@@ -15,9 +15,11 @@ from rich.console import Console
 from vgrout.cli import DEFAULT_ARMS
 from vgrout.config import Config, preset
 from vgrout.lab import decide as decide_module
+from vgrout.lab import jobs as jobs_module
 from vgrout.lab import run as run_module
-from vgrout.lab.decide import BASE, Job, decide, decision, in_order, make_jobs, plan_table, result_table, run_jobs, show
+from vgrout.lab.decide import decide, decision, make_jobs, plan_table, result_table, show
 from vgrout.lab.given import followed
+from vgrout.lab.jobs import BASE, Job, Local, in_order, run_jobs
 from vgrout.lab.prereg import read as read_decision
 from vgrout.lab.record import MARK, claim_folder, disown, read_jsonl
 from vgrout.lab.run import check
@@ -154,7 +156,7 @@ def test_a_signal_goes_on_to_the_runs(tmp_path, monkeypatch):
         "#!/bin/sh\ntrap 'echo TERM; sleep 0.3; echo kept; exit 143' TERM\necho up\nwhile :; do sleep 0.05; done\n"
     )
     stub.chmod(0o755)
-    monkeypatch.setattr(decide_module.sys, "executable", str(stub))
+    monkeypatch.setattr(jobs_module.sys, "executable", str(stub))
     jobs = make_jobs(TINY, ARMS, (0, 1), tmp_path)
 
     def ring():
@@ -164,7 +166,7 @@ def test_a_signal_goes_on_to_the_runs(tmp_path, monkeypatch):
 
     threading.Thread(target=ring).start()
     with listening(), pytest.raises(Interrupted):
-        run_jobs(jobs, tmp_path, 2, Console(quiet=True))
+        run_jobs(jobs, tmp_path, Local(2), Console(quiet=True))
     assert [path.read_text() for path in sorted(tmp_path.glob("*.log"))] == ["up\nTERM\nkept\n"] * 2
 
 
@@ -277,7 +279,7 @@ def test_a_failed_arm_does_not_stop_the_others(tmp_path):
     good = replace(TINY, arm="absorb", teacher_n=0, eval_every=0)
     jobs = [Job("none", 0, replace(good, arm="none", model=str(tmp_path / "gone"))), Job("absorb", 0, good)]
     idle: list[bool] = []
-    codes = run_jobs(jobs, tmp_path, 2, Console(quiet=True), idle=lambda: idle.append(True))
+    codes = run_jobs(jobs, tmp_path, Local(2), Console(quiet=True), idle=lambda: idle.append(True))
     assert codes == {"none-s0": 2, "absorb-s0": 0} and idle == [True]
     assert "is no model" in (tmp_path / "none-s0.log").read_text()
     assert (tmp_path / "absorb-s0" / "eval.json").exists() and not (tmp_path / "none-s0").exists()
@@ -290,7 +292,7 @@ def test_yoked_arms_follow_the_counts_of_routeV(tmp_path):
     """They run after it, and route and absorb in every step as many rollouts."""
     cfg = replace(TINY, steps=3, eval_every=0, k_mid=-0.5, k_route=0.2)
     jobs = make_jobs(cfg, FOLLOW, (0,), tmp_path)
-    assert run_jobs(jobs, tmp_path, 2, Console(quiet=True)) == {f"{arm}-s0": 0 for arm in FOLLOW}
+    assert run_jobs(jobs, tmp_path, Local(2), Console(quiet=True)) == {f"{arm}-s0": 0 for arm in FOLLOW}
     zones = {arm: [(s["keep"], s["absorb"], s["route"]) for s in read_jsonl(tmp_path / f"{arm}-s0" / "steps.jsonl")]
              for arm in FOLLOW}  # fmt: skip
     assert zones["coin_flip"] == zones["placebo_matched"] == zones["routeV"]
@@ -315,7 +317,7 @@ def test_yoked_arms_follow_the_counts_of_routeV(tmp_path):
 def test_a_run_whose_leader_failed_is_not_run(tmp_path):
     jobs = make_jobs(replace(TINY, model=str(model_path("micro")), eval_every=0), FOLLOW[:2], (0,), tmp_path)
     jobs = [replace(job, cfg=replace(job.cfg, model=str(tmp_path / "gone"))) for job in jobs]
-    assert run_jobs(jobs, tmp_path, 2, Console(quiet=True)) == {"routeV-s0": 2, "coin_flip-s0": 1}
+    assert run_jobs(jobs, tmp_path, Local(2), Console(quiet=True)) == {"routeV-s0": 2, "coin_flip-s0": 1}
     assert "not run: it follows routeV-s0" in (tmp_path / "coin_flip-s0.log").read_text()
 
 

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from vgrout.config import Config, preset
 from vgrout.lab.calibrate import hint_free_solve, stability_bars
-from vgrout.lab.decide import Job, decision, result_table
+from vgrout.lab.decide import decision, result_table
 from vgrout.lab.evaluate import CELLS
+from vgrout.lab.jobs import Job
 from vgrout.lab.record import read_jsonl
 from vgrout.lab.reeval import evaluate_run, reevaluate
 from vgrout.lab.run import run

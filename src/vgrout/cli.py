@@ -90,6 +90,42 @@ def commands(base: Config) -> dict:
         with listening():
             return work(cfg, **named, out=out, workers=workers, force=force, plan=plan, console=console, **kept)
 
+    def sweep(
+        out: Path = Path("runs/sweep"),
+        cfg: Settings = base,
+        arms: tuple[str, ...] = ("none", "routeV"),
+        seeds: tuple[int, ...] = (0,),
+        over: tuple[str, ...] = (),
+        engine: str = "local",
+        workers: int = 2,
+        address: str = "auto",
+        retries: int = 1,
+        only_print: Annotated[NoPair, tyro.conf.arg(name="print")] = False,
+        config: Path | None = None,
+    ) -> int:
+        """Arms x seeds x settings as runs of their own: here, on a Ray cluster, or as a list of commands.
+
+        The same command goes on with a sweep that was interrupted: finished runs are skipped.
+
+        Args:
+            out: Folder of the sweep; on a cluster one that every machine sees under this path.
+            cfg: Settings of every run.
+            arms: Interventions and variants, see `vgrout arms --variants`; or a set of them.
+            seeds: Training seeds.
+            over: Settings to vary, each NAME=VALUE,VALUE: every combination is run.
+            engine: local, or ray.
+            workers: Runs at the same time on this machine.
+            address: Of the Ray cluster; auto: the one that this machine belongs to.
+            retries: Further tries of a run that failed, unless its settings are at fault.
+            only_print: Run nothing: print the command of each run that is left, for a scheduler of your own.
+            config: Take the settings from this config.json.
+        """
+        from vgrout.lab.sweep import sweep as work
+
+        how = {"engine": engine, "workers": workers, "address": address, "retries": retries, "only_print": only_print}
+        with listening():
+            return work(cfg, arms, seeds, over, out, console, **how)
+
     def show(out: tyro.conf.Positional[Path], seeds: tuple[int, ...] = (), markdown: bool = False) -> int:
         """Print the table of a finished experiment again.
 
@@ -594,6 +630,7 @@ def commands(base: Config) -> dict:
 
     return {
         "decide": decide,
+        "sweep": sweep,
         "show": show,
         "train": train,
         "eval": evaluate,
@@ -629,7 +666,11 @@ def commands(base: Config) -> dict:
     }
 
 
-PLURAL = {"decide": ("arm", "seed"), "micro calibrate": ("arm", "seed")}  # settings that their other flags decide
+PLURAL = {
+    "decide": ("arm", "seed"),
+    "sweep": ("arm", "seed"),
+    "micro calibrate": ("arm", "seed"),
+}  # settings that their other flags decide
 
 
 def _base(args: list[str]) -> Config:
@@ -665,7 +706,7 @@ def _refuse_singular(args: list[str]) -> None:
     """Raises UserError for a setting of one run where a command's own flag decides it for all."""
     for name in PLURAL.get(args[0], ()) if args else ():
         if _given(args, f"--{name}") is not None:
-            flag = f"--{name}s" if args[0] == "decide" or name == "seed" else "the bars' own arms"
+            flag = f"--{name}s" if args[0] in ("decide", "sweep") or name == "seed" else "the bars' own arms"
             raise UserError(f"`vgrout {args[0]}` takes {flag}, not --{name}")
 
 

@@ -19,8 +19,8 @@ from rich.table import Table
 from vgrout.config import Config
 from vgrout.envs.micro import LIVE, problems
 from vgrout.envs.micro_corpus import LICENCES
-from vgrout.lab.decide import Job, run_jobs
 from vgrout.lab.evaluate import CELLS, Cell, CellResult, sample_cell, summary
+from vgrout.lab.jobs import Job, Local, run_jobs
 from vgrout.lab.record import claim_folder, read_jsonl
 from vgrout.lab.run import MICRO, sandbox_note, workshop
 from vgrout.types import UserError
@@ -255,7 +255,7 @@ def calibrate(
         claim_folder(out, force=False)
         jobs = [Job(arm, s, replace(cfg, seed=s, arm=arm)) for s in seeds for arm in BARRED]
         jobs += [Job("none", s, replace(cfg, seed=s, arm="none", teacher_n=0), label=ALONE) for s in seeds]
-        codes = run_jobs(jobs, out, 2, console)
+        codes = run_jobs(jobs, out, Local(2), console)
         if any(codes.values()):
             console.print(f"runs failed: {', '.join(n for n, c in codes.items() if c)}", style="red")
             return 1

@@ -1,31 +1,24 @@
 """The decision experiment: arms x seeds as processes side by side, one evaluation, one table.
 
-Every run is the very command `vgrout train` in a process of its own, so a failed arm never stops the others and a
-run can be repeated alone. The same command on a folder with unfinished runs goes on with those.
+The same command on a folder with unfinished runs goes on with those.
 decision.json holds no clock, host or path: the same command on the same machine gives the same bytes. Seconds are in
 timing.json.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from vgrout.arms import ARMS
@@ -33,47 +26,21 @@ from vgrout.config import Config
 from vgrout.faults import warn
 from vgrout.lab.archive import MEASURES, database, measured, pack, read_record, unpack
 from vgrout.lab.checkpoint import NEWEST, differences, replace_file
-from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, SMALL, final, size_note, summaries
+from vgrout.lab.evaluate import CELLS, HEADLINE, NO_ORACLE, final, size_note, summaries
 from vgrout.lab.given import LEADER, absent, access, requests
 from vgrout.lab.grid import SETS, named
+from vgrout.lab.jobs import BASE, Job, Local, run_jobs
 from vgrout.lab.prereg import Decision as Preregistered
-from vgrout.lab.record import check_folder, claim_folder, finished, last_record, one_writer, read_jsonl, weights_sha256
+from vgrout.lab.record import check_folder, claim_folder, finished, one_writer, read_jsonl, weights_sha256
 from vgrout.lab.run import MICRO, check, header, pairs_facts, pairs_note, sandbox_note, workshop
 from vgrout.lab.source import tests_digest
 from vgrout.lab.tables import number_table, print_wide
-from vgrout.signals import Interrupted, held
+from vgrout.signals import Interrupted
 from vgrout.types import RunFailed, UserError
 
 TESTS = "tests_sha256"  # of the code of the tests, stored with the decision
 PLAN, DECISION, BASE_FILE = "plan.json", "decision.toml", "base.json"
-BASE = "base model"
-ORDERS = 500  # orders of the runs that are compared
-ROLLOUT_S, SCORE_S = 0.021, 0.013  # per rollout, one thread of the machine of docs/performance.md
 ADAPTER_MB, CHECKPOINT_MB, ROLLOUT_MB = 2.0, 4.0, 0.0007
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the experiment."""
-
-    arm: str
-    seed: int
-    cfg: Config
-    label: str = ""  # names the run where the arm alone would not
-    after: str = ""  # the run whose counts this one follows
-
-    @property
-    def name(self) -> str:
-        return f"{self.label or self.arm}-s{self.seed}"
-
-    @property
-    def minutes(self) -> float:
-        """About how long it takes on the machine of docs/performance.md."""
-        cfg = self.cfg
-        rollouts = cfg.steps * cfg.prompts * cfg.group
-        small = (cfg.steps - 1) // cfg.eval_every * len(SMALL) * cfg.eval_small if cfg.eval_every else 0
-        last = (len(CELLS) + 2 * max(0, cfg.eval_scales - 1)) * cfg.eval_rollouts
-        return ((rollouts + small + last) * ROLLOUT_S + rollouts * SCORE_S * ARMS[self.arm].scores) / 60
 
 
 def left_out(
@@ -158,131 +125,6 @@ def plan_table(jobs: Sequence[Job], workers: int, unable: Mapping[str, str] | No
     notes += [f"not run: {arm} ({why})" for arm, why in (unable or {}).items()]
     table.caption = "\n".join(notes)
     return table
-
-
-def _done(job: Job, out: Path) -> int:
-    """Steps of a run that are in its log."""
-    last = last_record(out / job.name / "steps.jsonl")
-    return last["step"] + 1 if last else 0
-
-
-def _note(job: Job, out: Path, first: int, started: float) -> tuple[int, str]:
-    """Steps done, and a word on a run that went on after step `first` at the time `started`."""
-    last = last_record(out / job.name / "steps.jsonl")
-    done = last["step"] + 1 if last else 0
-    if done <= first:
-        return done, "starting"
-    if done == job.cfg.steps:
-        return done, "evaluating"
-    left = (time.monotonic() - started) / (done - first) * (job.cfg.steps - done)
-    zones = "/".join(f"{last[z] or 0:.2f}" for z in ("keep", "absorb", "route"))
-    truth = f"hack {last['m_hack'] or 0:.2f} solve {last['m_solve'] or 0:.2f}" if "m_hack" in last else NO_ORACLE
-    note = f"reward {last['reward'] or 0:.2f} {truth} zones {zones}"
-    return done, f"{note} {left / 60:.0f} min left"
-
-
-def in_order(jobs: Sequence[Job], workers: int) -> list[Job]:
-    """The jobs in the order in which the last worker ends soonest, by their estimates, among some hundred orders: the
-    long ones first, and shuffles. A free worker takes the next job that waits for no other, the base model's evaluation
-    last."""
-
-    longest = sorted(jobs, key=lambda job: -job.minutes)
-    base = max((len(CELLS) * job.cfg.eval_rollouts * ROLLOUT_S / 60 for job in jobs), default=0.0)
-    names = {job.name for job in jobs}
-
-    def end(order: Sequence[Job]) -> float:
-        todo, running, done, now = list(order), [], {"", *(j.after for j in order if j.after not in names)}, 0.0
-        while todo or running:
-            while len(running) < workers and (job := next((j for j in todo if j.after in done), None)):
-                todo.remove(job)
-                heapq.heappush(running, (now + job.minutes, job.name))
-            if not todo and len(running) < workers:
-                heapq.heappush(running, (now + base, BASE))
-                return max(running)[0]
-            now, name = heapq.heappop(running)
-            done.add(name)
-        return now
-
-    dice = random.Random(0)
-    return min([longest, *(dice.sample(longest, len(longest)) for _ in range(ORDERS))], key=end)
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    out: Path,
-    workers: int,
-    console: Console,
-    idle: Callable[[], object] = lambda: None,
-    done: Callable[[str], int] = lambda name: 0,
-) -> dict[str, int]:
-    """Run all jobs that are not finished, `workers` at a time, with live progress. Exit code of each by name. `idle` is
-    called once, when a worker has nothing left to do; `done` with the name of each run that finished: it says whether
-    what was to be done then failed.
-
-    A signal goes on to the runs, which keep their state; then Interrupted is raised again.
-    """
-    codes = {"": 0} | {job.name: 0 for job in jobs if finished(out / job.name)}
-    todo, live = [job for job in jobs if job.name not in codes], {}
-    called = False
-    todo = in_order(todo, workers)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(20),
-        TextColumn("{task.completed}/{task.total}"),
-    )
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bars:
-        tasks = {j.name: bars.add_task(j.name, total=j.cfg.steps, note="waiting") for j in todo}
-        try:
-            while todo or live:
-                while len(live) < workers and (job := next((j for j in todo if codes.get(j.after, 1) == 0), None)):
-                    todo.remove(job)
-                    (out / f"{job.name}.json").write_text(job.cfg.to_json())
-                    log = (out / f"{job.name}.log").open("a")
-                    command = [sys.executable, "-m", "vgrout", "train", *_how(job, out)]
-                    start = _done(job, out), time.monotonic()
-                    # A group of its own: a terminal's Ctrl-C comes from here, and once.
-                    with held():  # no process without its entry
-                        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, process_group=0)
-                        live[job.name] = (job, process, start, log)
-                for job in [j for j in todo if codes.get(j.after, 0) != 0]:  # what it follows has failed
-                    todo.remove(job)
-                    codes[job.name] = 1
-                    (out / f"{job.name}.log").write_text(f"not run: it follows {job.after}, which failed\n")
-                    bars.update(tasks[job.name], note=f"not run: {job.after} failed")
-                if not todo and len(live) < workers and not called:
-                    called = True
-                    idle()
-                time.sleep(1.0)
-                for name, (job, process, start, log) in list(live.items()):
-                    steps, note = _note(job, out, *start)
-                    bars.update(tasks[name], completed=steps, note=note)
-                    if process.poll() is None:
-                        continue
-                    codes[name] = process.returncode
-                    log.close()
-                    note = "done" if not codes[name] else f"failed with exit code {codes[name]}, see {name}.log"
-                    bars.update(tasks[name], note=note)
-                    del live[name]
-                    if not codes[name]:
-                        codes[name] = done(name)
-        except BaseException as error:
-            number = error.number if isinstance(error, Interrupted) else signal.SIGTERM
-            for _, process, _, _ in live.values():
-                process.send_signal(number)
-            for _, process, _, _ in live.values():
-                process.wait()
-            raise
-    del codes[""]
-    return codes
-
-
-def _how(job: Job, out: Path) -> list[str]:
-    """The flags of a run: go on with what is there of it, or start it."""
-    if (out / job.name / "config.json").is_file():
-        return ["--resume", str(out / job.name)]
-    # Without a configuration the folder of an earlier attempt holds nothing yet: it is replaced.
-    return ["--config", str(out / f"{job.name}.json"), "--out", str(out / job.name), "--force"]
 
 
 def _mean(values) -> float | None:
@@ -625,7 +467,7 @@ def _decide(
             return 1
         return 0
 
-    codes = run_jobs(jobs, out, workers, console, lambda: base_evaluation(base, out, console, records), record)
+    codes = run_jobs(jobs, out, Local(workers), console, lambda: base_evaluation(base, out, console, records), record)
     base_cells = base_evaluation(base, out, console, records)  # read again, or made where no worker was idle
     result = decision(jobs, out, base, base_cells, provenance) | ({"not_run": dict(unable)} if unable else {})
     planned = json.loads((out / PLAN).read_text())

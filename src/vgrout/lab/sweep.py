@@ -1,0 +1,177 @@
+"""`vgrout sweep`: arms x seeds x settings as runs of their own, here, on a Ray cluster, or as a list of commands.
+
+Finished runs are skipped. A run that failed is tried again, unless its settings are at fault; one whose machine went
+away goes on from its last checkpoint. sweep.json says of every run how it ended and how often it was tried.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from rich.console import Console
+
+from vgrout.config import Config, mistyped
+from vgrout.lab.checkpoint import replace_file
+from vgrout.lab.decide import check_runs, make_jobs
+from vgrout.lab.evaluate import HEADLINE
+from vgrout.lab.jobs import Job, Local, Pool, command, run_jobs
+from vgrout.lab.record import check_folder, claim_folder, finished, one_writer
+from vgrout.lab.run import check
+from vgrout.lab.tables import number_table, print_wide
+from vgrout.types import UserError
+
+RECORD = "sweep.json"
+ENGINES = ("local", "ray")
+WRONG = 2  # exit code of a run whose settings are at fault: another try changes nothing
+NAMED = ("arm", "seed", "yoke")  # settings that the sweep itself decides
+
+
+def settings(given: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the values in `NAME=VALUE,VALUE...`. Raises UserError."""
+    hints, axes = get_type_hints(Config), []
+    known = {field.name for field in fields(Config)} - {*NAMED}
+    for text in given:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            raise UserError(f"--over {text}: give NAME=VALUE,VALUE with the name of a setting, see vgrout train --help")
+        read = [_value(value.strip()) for value in values.split(",")]
+        for value in read:
+            if wrong := mistyped(value, hints[name]):
+                raise UserError(f"--over {name}: {value!r}: {wrong}")
+        axes.append([(name, value) for value in read])
+    names = [axis[0][0] for axis in axes]
+    if len(set(names)) < len(names):
+        raise UserError(f"--over names a setting twice: {', '.join(names)}")
+    return [dict(chosen) for chosen in product(*axes)]
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null, or else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def called(changes: Mapping[str, Any]) -> str:
+    """What the names of runs with these settings end in, before the seed."""
+    return "".join(f"@{name}={re.sub(r'[^A-Za-z0-9_.+-]', '-', str(value))}" for name, value in changes.items())
+
+
+def sweep_jobs(base: Config, arms: Sequence[str], seeds: Sequence[int], over: Sequence[str], out: Path) -> list[Job]:
+    """Every run. One that follows another follows that of its own settings. Raises UserError."""
+    jobs = []
+    for changes in settings(over):
+        end = called(changes)
+        for job in make_jobs(replace(base, **changes), arms, seeds, out):
+            after = f"{job.after.removesuffix(f'-s{job.seed}')}{end}-s{job.seed}" if job.after else ""
+            cfg = replace(job.cfg, **changes, **({"yoke": str(out / after)} if after else {}))
+            check(cfg)
+            jobs.append(replace(job, cfg=cfg, label=f"{job.label or job.arm}{end}", after=after))
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"runs would share a name: {', '.join(twice)}")
+    return jobs
+
+
+def commands(jobs: Sequence[Job], out: Path) -> list[str]:
+    """A line of shell for each run that is not finished, in an order in which no run comes before one it follows."""
+    return [shlex.join(command(job, out)) for job in sorted(jobs, key=lambda j: bool(j.after)) if not _done(job, out)]
+
+
+def _done(job: Job, out: Path) -> bool:
+    return finished(out / job.name)
+
+
+def tried(jobs: Sequence[Job], out: Path, pool: Pool, retries: int, console: Console) -> dict[str, dict[str, int]]:
+    """Run what is not finished, what fails up to `retries` times more. Exit code and number of tries by name."""
+    told = {job.name: {"code": 0, "tries": 0} for job in jobs}
+    left = [job for job in jobs if not _done(job, out)]
+    for _ in range(1 + retries):
+        if not left:
+            break
+        for job in left:
+            told[job.name]["tries"] += 1
+        # Jobs that are finished stand for those that others follow.
+        codes = run_jobs([job for job in jobs if _done(job, out) or job in left], out, pool, console)
+        for job in left:
+            told[job.name]["code"] = codes.get(job.name, 1)
+        left = [job for job in left if told[job.name]["code"] not in (0, WRONG)]
+    return told
+
+
+def table(jobs: Sequence[Job], out: Path, told: Mapping[str, Mapping[str, int]]):
+    """How every run ended, and what it ships."""
+    rows = []
+    for job in jobs:
+        code, tries = told[job.name]["code"], told[job.name]["tries"]
+        state = "finished" if _done(job, out) else f"failed with exit code {code}, see {job.name}.log"
+        rows.append(
+            [job.name, state if tries or not _done(job, out) else "was finished", str(tries), *_ships(job, out)]
+        )
+    caption = "% of rollouts on held-out problems and markers, as shipped. `vgrout report` shows more."
+    return number_table("sweep", caption, ("run", "state", "tries", "hack", "solve", "reward"), rows, 2)
+
+
+def _ships(job: Job, out: Path) -> list[str]:
+    if not _done(job, out):
+        return ["-"] * 3
+    cell = json.loads((out / job.name / "eval.json").read_text())["cells"][HEADLINE]
+    rates = [f"{100 * cell[what]['mean']:.0f}" if what in cell else "-" for what in ("hack", "solve")]
+    return [*rates, f"{cell['reward']['mean']:.2f}" if cell.get("reward") else "-"]
+
+
+def sweep(
+    base: Config,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    over: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    engine: str = "local",
+    workers: int = 2,
+    address: str = "auto",
+    retries: int = 1,
+    only_print: bool = False,
+) -> int:
+    """Run the sweep, or what is left of it. Returns 0 when every run has finished, 1 otherwise. Raises UserError."""
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if workers < 1 or retries < 0:
+        raise UserError("workers is a positive whole number, retries no negative one")
+    jobs = sweep_jobs(base, arms, seeds, over, out.absolute())
+    out = out.absolute()  # a machine of a cluster has a working folder of its own
+    if not (out / RECORD).is_file():
+        check_folder(out, force=False)
+        claim_folder(out, force=False)
+        replace_file(out / RECORD, json.dumps({"runs": {}}) + "\n")
+    with one_writer(out):
+        check_runs(jobs, out)
+        if only_print:
+            for job in jobs:
+                if not _done(job, out):
+                    replace_file(out / f"{job.name}.json", job.cfg.to_json())
+            for line in commands(jobs, out):
+                print(line)
+            return 0
+        told = tried(jobs, out, _pool(engine, workers, address), retries, console)
+        replace_file(out / RECORD, json.dumps({"runs": told}, indent=1) + "\n")
+    print_wide(table(jobs, out, told), console)
+    return 0 if all(_done(job, out) for job in jobs) else 1
+
+
+def _pool(engine: str, workers: int, address: str) -> Pool:
+    if engine == "local":
+        return Local(workers)
+    from vgrout.lab.ray_pool import RayPool
+
+    return RayPool(address)
