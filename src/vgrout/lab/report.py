@@ -25,6 +25,7 @@ from vgrout.lab.runs import Run, find
 from vgrout.lab.tables import can_write
 from vgrout.types import UserError
 
+NAMED = 8  # most arms that a title names
 TEMPLATE, SCRIPT = "report.html.j2", "explorer.js"
 
 
@@ -142,7 +143,8 @@ def gathered(paths: Sequence[Path], *, decided: bool = False) -> Content:
     notes = [f"Could not be read: {reason}" for reason in unread.values()]
     notes += [text for run in runs if (text := sandbox_note(run.provenance))][:1]
     notes += [text for run in runs if (text := pairs_note(run.provenance))][:1]
-    said: dict[str, Any] = {"title": f"vGROUT: {', '.join(by_arm)}", "conclusions": [], "deviations": []}
+    name = ", ".join(by_arm) if len(by_arm) <= NAMED else f"{len(by_arm)} arms"
+    said: dict[str, Any] = {"title": f"vGROUT: {name}", "conclusions": [], "deviations": []}
     if made is not None:
         decision, found = made.decision, findings(made)
         said |= {"title": decision.question, "decision": decision, "deviations": made.remarks}
