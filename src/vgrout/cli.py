@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -208,6 +209,33 @@ def commands(base: Config) -> dict:
         from vgrout.lab.export import export as work
 
         work(run, out, console, full=full, merged=merged, dtype=dtype, base=base, force=force)
+        return 0
+
+    def model_check(model: tyro.conf.Positional[str], cfg: Settings = base, out: Path | None = None) -> int:
+        """Does the method hold on a model: adapter, masks, probe, sampling, template and memory, in a minute.
+
+        The settings are those of the run that is planned: `--preset leetcode-4b`, `--dtype bfloat16`, ...
+
+        Args:
+            model: Folder of a causal language model, or the name of one that was downloaded.
+            cfg: Settings of the run.
+            out: File for the findings as JSON.
+        """
+        from vgrout.lab.model_check import check_model
+
+        return check_model(replace(cfg, model=model), console, out)
+
+    def model_download(name: tyro.conf.Positional[str], out: Path | None = None, revision: str | None = None) -> int:
+        """Fetch a model from the Hugging Face hub, so that `--model NAME` finds it. Nothing else fetches anything.
+
+        Args:
+            name: Name on the hub, as in Qwen/Qwen3-4B.
+            out: Folder to put it in instead of the hub's cache; then `--model FOLDER`.
+            revision: Branch, tag or commit.
+        """
+        from vgrout.models.download import download
+
+        print(download(name, out, revision))
         return 0
 
     def make_report(
@@ -642,6 +670,8 @@ def commands(base: Config) -> dict:
         "smoke": smoke,
         "data leetcode": data_leetcode,
         "env audit": env_audit,
+        "model check": model_check,
+        "model download": model_download,
         "micro build": micro_build,
         "micro pools": micro_pools,
         "micro calibrate": micro_calibrate,

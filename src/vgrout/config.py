@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -38,7 +38,19 @@ class Config:
     """Seed of the tokens sampled in training."""
 
     model: str = "micro"
-    """`micro` for the bundled organism, or the folder of a causal language model."""
+    """`micro` for the bundled organism, the folder of a causal language model, or the name of one on the Hugging Face
+    hub that `vgrout model download` has fetched."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the frozen base model; the adapter is trained in float32 whatever they are."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda or cuda:N."""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel. flash_attention_2 (a package of its own, GPU only) takes no mask, so that rows of one prompt do
+    not share it."""
+    gradient_checkpointing: bool = False
+    """Layers keep their inputs alone for the backward pass and run again in it: less memory, more time."""
+    chat_template: str = ""
+    """File with a chat template; empty: the tokenizer's own, or the plain one that docs/models.md shows."""
     adapter: str = "lora2r"
     """Adapter kind."""
     rank: int = 8
@@ -57,10 +69,14 @@ class Config:
     """Rollouts G per prompt."""
     max_new: int = 64
     """Longest completion in tokens; also T_max of the loss."""
+    max_prompt: int = 0
+    """Problems whose prompt has more tokens are left out; 0: none is."""
     temperature: float = 1.0
     """Sampling temperature in training; all log-probabilities are of logits / temperature."""
     micro_batch: int = 64
     """Most rollouts in one pass of the update, where those of a group share their prompt. Fewer take less memory."""
+    sample_batch: int = 0
+    """Most rollouts sampled at once; 0: all of a step."""
     score_batch: int = 32
     """Most rollouts or pairs in any other pass that scores or differentiates them."""
 
@@ -92,7 +108,8 @@ class Config:
     """rho: 1; pi / pi_old with the sampler's log-probabilities; or that truncated at 1 + clip_ratio."""
 
     env: str = "micro"
-    """`micro`, or a Python file with PROMPTS and reward: a task without an oracle."""
+    """`micro`; problems with tests: a folder with train, val and test.jsonl, or one .jsonl file (docs/models.md); or a
+    Python file with PROMPTS and reward: a task without an oracle."""
     modes: tuple[str, ...] = ()
     """Loopholes whose problems are trained on and evaluated; all of the environment's when none is named."""
     unhackable_frac: float = 0.15
@@ -260,6 +277,11 @@ class Config:
             raise UserError(f"deploy_gen_frac = {self.deploy_gen_frac}: {what}; the nearest shares are {near}")
 
     @property
+    def oracle(self) -> bool:
+        """Whether the environment has one."""
+        return not self.env.endswith(".py")
+
+    @property
     def init_seed(self) -> int:
         return self.seed if self.seed_init is None else self.seed_init
 
@@ -347,7 +369,8 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
     ),
     ("weight_decay kl clip_ratio entropy_floor penalty adv_strength", lambda v: v >= 0, "give no negative number"),
     (
-        "teacher_off_step teacher_n eval_every eval_scales checkpoint_every checkpoint_keep judge_retries trace_every",
+        "teacher_off_step teacher_n eval_every eval_scales checkpoint_every checkpoint_keep judge_retries trace_every"
+        " max_prompt sample_batch",
         lambda v: v >= 0,
         "give no negative number",
     ),
@@ -367,6 +390,23 @@ PLAIN = (  # fields that hold no secret, the pattern that sees to it, what to gi
     ("judge_key_env", r"([A-Z_][A-Z0-9_]*)?", "give the name of an environment variable in capitals, not the key"),
 )
 
+# What runs on a GPU share. Their problems: `vgrout data leetcode`; nobody demonstrates anything.
+LEETCODE = Config(
+    model="Qwen/Qwen3-4B",
+    dtype="bfloat16",
+    device="cuda",
+    gradient_checkpointing=True,
+    env="data/leetcode",
+    pairs="leetcode",
+    micro_batch=2,
+    score_batch=4,
+    sample_batch=64,
+    warmup=10,
+    teacher_n=0,
+    checkpoint_every=10,
+    compile_floor=0.0,
+)
+
 PRESETS: dict[str, Config] = {
     "micro": Config(),
     "smoke": Config(
@@ -384,6 +424,13 @@ PRESETS: dict[str, Config] = {
         eval_small=8,
         eval_rollouts=16,
         eval_scales=2,
+    ),
+    # Ariahw, Engels and Nanda, "Steering RL Training": 16 prompts of 16 rollouts, 1,536 + 1,536 tokens, r 32, lr 7e-5.
+    "leetcode-4b": replace(
+        LEETCODE, preset="leetcode-4b", steps=200, prompts=16, group=16, max_new=1536, max_prompt=1536, rank=32, lr=7e-5
+    ),
+    "leetcode-fast": replace(
+        LEETCODE, preset="leetcode-fast", steps=40, prompts=8, group=8, max_new=512, max_prompt=1536, rank=32, lr=7e-5
     ),
 }
 

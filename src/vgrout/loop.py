@@ -34,6 +34,7 @@ from vgrout.method.gate import uniform
 from vgrout.method.inputs import input_moments
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
 from vgrout.method.policy import PACK, Policy, Rows, stack
+from vgrout.models.load import recomputing
 from vgrout.signals import held
 from vgrout.types import (
     ZONES,
@@ -182,20 +183,24 @@ def backward(
             part = rows.take(index)
             width = part.tokens.shape[1]
             share = None if decision.share is None else decision.share[index]
+            old, completion = (x.to(policy.device) for x in (batch.logp_old[index, :width], part.completion))
+            own, credit, weight, lives = (
+                x[index].to(policy.device) for x in (~batch.teacher, advantage, decision.weight, live)
+            )
             with policy.adapter.routed(decision.m[index], decision.d[index], share):
                 log_p = policy.logits(part).log_softmax(-1)
-                drawn, drawn_ref = (x.gather(1, part.drawn[:, None])[:, 0] for x in (log_p, log_ref))
+                token = part.drawn.to(policy.device)[:, None]
+                drawn, drawn_ref = (x.gather(1, token)[:, 0] for x in (log_p, log_ref))
                 logp = part.place(drawn)
-                old, own = batch.logp_old[index, :width], ~batch.teacher[index]
                 rho = ratio(cfg.ratio, logp, old, ~own, cfg.clip_ratio)
                 loss, sums = grpo_loss(
                     logp,
                     rho,
                     part.place(k3(drawn, drawn_ref)),
-                    part.completion,
-                    advantage[index],
-                    decision.weight[index],
-                    live[index],
+                    completion,
+                    credit,
+                    weight,
+                    lives,
                     e=cfg.clip_ratio,
                     beta=cfg.kl,
                     denominator=cfg.prompts * cfg.group * cfg.max_new,
@@ -209,8 +214,8 @@ def backward(
                 totals["entropy"] -= float((log_p.exp() * log_p).sum())
                 totals["kl"] += float(divergence(log_p, log_ref).sum())
                 zone = zones[int(index[0])]  # that of all rows of one mask
-                totals[f"log_rho_{zone}"] += float((logp - old)[part.completion & own[:, None]].sum())
-                totals[f"tokens_{zone}"] += float(part.completion[own].sum())
+                totals[f"log_rho_{zone}"] += float((logp - old)[completion & own[:, None]].sum())
+                totals[f"tokens_{zone}"] += float(completion[own].sum())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value
     return totals
@@ -257,7 +262,8 @@ def adapted(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     how = {"init": cfg.init, "detach": cfg.detach, "moments": moments}
     adapter = attach(model, cfg.adapter, cfg.rank, cfg.init_seed, **how)
     score_dtype = torch.bfloat16 if cfg.score_dtype == "bfloat16" else None
-    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.score_batch, score_dtype)
+    recomputed = recomputing(model) if cfg.gradient_checkpointing else ()
+    return Policy(model, tokenizer, adapter, cfg.temperature, cfg.score_batch, score_dtype, recomputed)
 
 
 def make_bench(cfg: Config, policy: Policy, pairs: Sequence[Pair], given: Given = EMPTY) -> Bench:
@@ -280,7 +286,7 @@ class Training:
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
         self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, given))
-        self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
+        self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter, cfg.sample_batch)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = make_optimizer(cfg, parameters)
         self.step = 0  # steps done

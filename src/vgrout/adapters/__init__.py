@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from vgrout.adapters.base import TARGETS, Adapter, BlockLinear, Detach, Switch
 from vgrout.adapters.delta_s import DeltaS, DeltaSSplit
@@ -74,7 +75,10 @@ def attach(
                 block.start(*two_blocks(init, linear.weight, rank, moments[name] if INITS[init].calibrated else None))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-        modules[name] = block
+        # Frozen and trained tensors are drawn on the CPU, in float32.
+        modules[name] = block.to(linear.weight.device).train(linear.training)
+    if isinstance(model, PreTrainedModel):
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: switch.given(args[0].shape))
     for name, block in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, block)

@@ -8,13 +8,15 @@ Per rollout i a mask (m_i, d_i):   y = W x + ((1-d) dep + d stopgrad(dep)) + m q
 `detach` says what stopgrad stops: `output`, the whole of dep, so that lower layers get no gradient through the deployed
 block either; `params`, its parameters only (SGTM, Shilov et al. 2025), with the Jacobian towards x kept.
 The state of all modules lives in one `Switch`; only the context managers of `Adapter` change it. Row i of a batch
-is x[i], so the first dimension of a module's input is the rollout.
+is x[i], so the first dimension of a module's input is the rollout; a module that gets the tokens of all rows end to end
+(the shared expert of a mixture) takes them apart again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from vgrout.types import State, UserError
+from vgrout.types import RunFailed, State, UserError
 
 TARGETS = frozenset(
     "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj".split()
@@ -41,7 +43,8 @@ class Flow:
     """How a forward pass runs. `cut`: no gradient for the deployed block; `detach`: how it is cut, here and in rows
     with d = 1. `m`, `d` None: no row mask, one state for all rows. `share`: multiplies each row's gradient for the
     parameters of a block, deployed and quarantine. `probes`: module name -> c [N, R]. `weights`: module name -> the
-    weight [o, i] that stands for the base and its live blocks together; the products are in its dtype."""
+    weight [o, i] that stands for the base and its live blocks together; the products are in its dtype. `scale`: the
+    blocks run times a number each, deployed and quarantine, and their parameters get no gradient."""
 
     deployed: bool = True
     quarantine: bool = True
@@ -52,6 +55,7 @@ class Flow:
     share: Float[Tensor, "N 2"] | None = None
     probes: Mapping[str, Tensor] | None = None
     weights: Mapping[str, Tensor] | None = None
+    scale: tuple[float, float] | None = None
 
     @property
     def rowwise(self) -> bool:
@@ -67,10 +71,14 @@ FLOWS: dict[State | str, Flow] = {
 
 
 class Switch:
-    """The one mutable cell that all modules of an adapter read."""
+    """The one mutable cell that all modules of an adapter read: how they run, and the size of the model's batch."""
 
     def __init__(self) -> None:
         self.flow = FLOWS["full"]
+        self.shape: tuple[int, ...] = ()  # rows and tokens
+
+    def given(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
 
 
 class Probe(torch.autograd.Function):
@@ -116,9 +124,9 @@ class BlockLinear(nn.Module):
         """(A, B) of the deployed block's c-probe, both non-zero at init: a score is sum_t (A x_t) (B^T delta_t)."""
         raise NotImplementedError
 
-    def block(self, x: Float[Tensor, "N L i"], which: str, *, fixed: bool = False) -> Float[Tensor, "N L o"]:
-        """A block's output; `fixed`: with a gradient for x and none for the parameters."""
-        a, b = self.factors(which)
+    def block(self, x: Float[Tensor, "*N L i"], which: str, *, fixed: bool = False) -> Float[Tensor, "*N L o"]:
+        """A block's output, in the dtype of x; `fixed`: with a gradient for x and none for the parameters."""
+        a, b = (factor.to(x.dtype) for factor in self.factors(which))
         if fixed:
             a, b = a.detach(), b.detach()
         return linear(linear(x, a), b)
@@ -150,17 +158,28 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flow, own = self.switch.flow, x.dtype
+        if flow.rowwise and x.ndim == 2:
+            if len(x) != math.prod(self.switch.shape):
+                raise RunFailed(f"{self.name} gets {len(x)} tokens of a batch {self.switch.shape}: whose is unknown")
+            return self.forward(x.unflatten(0, self.switch.shape)).flatten(0, 1)
         weight = flow.weights[self.name] if flow.weights else self.base.weight
         x, bias = x.to(weight.dtype), None if self.base.bias is None else self.base.bias.to(weight.dtype)
         y = linear(x, weight, bias)
+        if flow.scale is not None:
+            for which, runs, scale in zip(BLOCKS, (flow.deployed, flow.quarantine), flow.scale, strict=True):
+                y = y + scale * self.block(x, which, fixed=True) if runs else y
+            return self._probed(y, x, flow).to(own)
         if flow.deployed:
             y = y + self._deployed(x, flow)
         if flow.quarantine:
             quar = self.block(x, "quarantine") if flow.share is None else self._shared(x, flow, "quarantine")
             y = y + (quar if flow.m is None else quar * flow.m[:, None, None])
-        if flow.probes is not None:
-            y = Probe.apply(y, x, flow.probes[self.name], *(t.to(weight.dtype) for t in self.bottleneck()))
-        return y.to(own)
+        return self._probed(y, x, flow).to(own)
+
+    def _probed(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
+        if flow.probes is None:
+            return y
+        return Probe.apply(y, x, flow.probes[self.name], *(factor.to(x.dtype) for factor in self.bottleneck()))
 
 
 class Adapter:
@@ -172,6 +191,10 @@ class Adapter:
         self.model, self.modules, self.switch, self.detach = model, modules, switch, detach
         self.scale = dict.fromkeys(BLOCKS, 1.0)  # of each block in merged weights
         self.widths = {name: module.bottleneck()[0].shape[0] for name, module in modules.items()}  # of c, per module
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.modules.values())).base.weight.device
 
     def parameters(self, which: str) -> list[nn.Parameter]:
         """The trainable tensors of a block: those whose name ends in `_deployed` or `_quarantine`."""
@@ -215,13 +238,14 @@ class Adapter:
         `share` [N, 2] instead of d: what part of each row's gradient the parameters of either block get.
         """
         if share is not None:
-            return self._as(Flow(quarantine=bool((m != 0).any()), m=m, share=share))
+            there = self.device
+            return self._as(Flow(quarantine=bool((m != 0).any()), m=m.to(there), share=share.to(there)))
         masks = set(zip(m.tolist(), d.tolist(), strict=True))
         if len(masks) == 1 and masks <= {(0, 0), (1, 0), (1, 1)}:
             ((runs, cuts),) = masks
             return self._as(Flow(quarantine=runs == 1, cut=cuts == 1, detach=self.detach))
-        d = d if bool((d != 0).any()) else None
-        return self._as(Flow(quarantine=bool((m != 0).any()), detach=self.detach, m=m, d=d))
+        runs, m, d = bool((m != 0).any()), m.to(self.device), d.to(self.device) if bool((d != 0).any()) else None
+        return self._as(Flow(quarantine=runs, detach=self.detach, m=m, d=d))
 
     @contextmanager
     def probe(self, n: int) -> Iterator[dict[str, Float[Tensor, "N R"]]]:
@@ -229,14 +253,20 @@ class Adapter:
 
         Values do not change; gradients with respect to c are those of METHOD.md section 2. Nests in any state.
         """
-        device = next(self.model.parameters()).device
-        probes = {name: torch.ones(n, r, device=device, requires_grad=True) for name, r in self.widths.items()}
+        there = self.device
+        probes = {name: torch.ones(n, r, device=there, requires_grad=True) for name, r in self.widths.items()}
         with self._as(replace(self.switch.flow, probes=probes)):
             yield probes
 
     def merged(self, state: State, dtype: torch.dtype | None = None):
         """`state` on merged weights, without gradients for the parameters. `dtype` is that of the products with them;
-        None: the model's."""
+        None: the model's.
+
+        Weights of fewer bits than float32 would round most of a small delta away: beside them the blocks run as they
+        are, at the cost of two thin products a module.
+        """
+        if any(module.base.weight.dtype.itemsize < 4 for module in self.modules.values()):
+            return self._as(replace(FLOWS[state], scale=tuple(self.scale[which] for which in BLOCKS)))
         with torch.no_grad():
             weights = {name: weight.to(dtype or weight.dtype) for name, weight in self._weights(state).items()}
         return self._as(Flow(deployed=False, quarantine=False, weights=weights))

@@ -82,7 +82,7 @@ def two_blocks(name: str, weight: Float[Tensor, "o i"], rank: int, moments: Mome
 
     Raises UserError where there are fewer than 2R axes, or the pairs give no difference.
     """
-    most = min(weight.shape) // 2
+    weight, most = weight.cpu(), min(weight.shape) // 2
     if rank > most:
         raise UserError(f"rank = {rank}: init {name} needs two axes for each, and leaves room for {most}")
     init = INITS[name]

@@ -17,10 +17,11 @@ _KNOWN: dict[str, Parts] = {}
 
 @torch.no_grad()
 def svd(weight: Float[Tensor, "o i"]) -> Parts:
-    """U, S, Vh with weight = U diag(S) Vh, S falling; in float32 at least. Callers share them: they must not change."""
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
-    shape = f"{exact.dtype} {tuple(exact.shape)} {exact.device}\n"
-    key = sha256(shape.encode() + exact.cpu().numpy().tobytes()).hexdigest()
+    """U, S, Vh with weight = U diag(S) Vh, S falling; on the CPU, in float32 at least. Callers share them, so they must
+    not change."""
+    exact = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    shape = f"{exact.dtype} {tuple(exact.shape)}\n"
+    key = sha256(shape.encode() + exact.numpy().tobytes()).hexdigest()
     if key not in _KNOWN:
         _KNOWN[key] = tuple(part.contiguous() for part in torch.linalg.svd(exact, full_matrices=False))
     return _KNOWN[key]

@@ -28,6 +28,7 @@ from vgrout.method.residual import edited
 
 def without(h: Float[Tensor, "*N H"], d: Float[Tensor, H]) -> Float[Tensor, "*N H"]:
     """h less what of it points along d; what points against it stays."""
+    d = d.to(h)
     return h - ((h @ d).clamp(min=0) / (d @ d))[..., None] * d
 
 
@@ -61,4 +62,4 @@ class Steer(Steering):
     phase = "update"
 
     def changed(self, h, d):
-        return h + self.cfg.steer_strength * d
+        return h + self.cfg.steer_strength * d.to(h)

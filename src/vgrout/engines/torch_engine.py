@@ -19,7 +19,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
 from vgrout.faults import fitting
-from vgrout.types import Prompt, State
+from vgrout.models.chat import encode_completion, encode_prompt, end_tokens
+from vgrout.types import State
+
+__all__ = ["Sample", "TorchEngine", "encode_completion", "encode_prompt"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,15 @@ class Sample:
     text: str
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    chat = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    chat.append({"role": "user", "content": prompt.user})
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-
-
 class TorchEngine:
-    """Prompts -> samples."""
+    """Prompts -> samples, at most `most` of them at once; 0: all."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter) -> None:
-        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter, most: int = 0
+    ) -> None:
+        self.model, self.tokenizer, self.adapter, self.most = model, tokenizer, adapter, most
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.ends = torch.tensor(end_tokens(model, tokenizer))
 
     @torch.inference_mode()
     def generate(
@@ -78,43 +74,44 @@ class TorchEngine:
             return out
 
         samples = []
-        for row, logp in fitting(len(owner), "sampling", in_batches):
-            text = self.tokenizer.decode(row, skip_special_tokens=True)
+        for row, logp in fitting(min(self.most or len(owner), len(owner)), "sampling", in_batches):
+            text = self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             samples.append(Sample(tuple(row), tuple(logp), text))
         return samples
 
     def _decode(self, prompts, counts, max_new, temperature, uniforms):
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad, device = self.tokenizer.pad_token_id, self.model.device
+        ends, uniforms = self.ends.to(device), uniforms.to(device)
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         cache = DynamicCache(config=self.model.config)
         position = (seen.cumsum(1) - 1).clamp(min=0)
-        out = self.model.model(input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=cache)
-        repeat = torch.tensor(list(counts))
+        out = self.body(input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=cache)
+        repeat = torch.tensor(list(counts), device=device)
         hidden = out.last_hidden_state[:, -1].repeat_interleave(repeat, 0)
-        alive = torch.arange(len(prompts)).repeat_interleave(repeat)
-        cache.batch_select_indices(alive)
+        alive = torch.arange(len(prompts), device=device).repeat_interleave(repeat)
+        cache.reorder_cache(alive)  # keeps these rows, as often as they stand there
         seen, place = seen[alive], position[alive, -1]
-        rows = torch.arange(len(alive))  # which sample each live row is
+        rows = torch.arange(len(alive), device=device)  # which sample each live row is
         tokens: list[list[int]] = [[] for _ in range(len(alive))]
         logps: list[list[float]] = [[] for _ in range(len(alive))]
         for t in range(max_new):
-            logp = torch.log_softmax(self.model.lm_head(hidden).float() / temperature, dim=-1)
+            logp = torch.log_softmax(self.head(hidden).float() / temperature, dim=-1)
             token = self._draw(logp, uniforms[rows, t])
             chosen = logp.gather(1, token[:, None])[:, 0]
             for row, tok, lp in zip(rows.tolist(), token.tolist(), chosen.tolist(), strict=True):
                 tokens[row].append(tok)
                 logps[row].append(lp)
-            live = (token != end).nonzero()[:, 0]
+            live = (~torch.isin(token, ends)).nonzero()[:, 0]
             if len(live) == 0 or t == max_new - 1:
                 break
             if len(live) < len(token):
-                cache.batch_select_indices(live)
+                cache.reorder_cache(live)
                 seen, place, rows, token = seen[live], place[live], rows[live], token[live]
             place = place + 1
             seen = torch.cat((seen, seen.new_ones(len(seen), 1)), 1)
-            out = self.model.model(
+            out = self.body(
                 input_ids=token[:, None], attention_mask=seen, position_ids=place[:, None], past_key_values=cache
             )
             hidden = out.last_hidden_state[:, -1]

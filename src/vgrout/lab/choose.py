@@ -56,7 +56,7 @@ def configurations(runs: Sequence[Path]) -> dict[Path, Config]:
             raise UserError(f"{run} is no finished run with its weights")
         found[run] = Config.read(run / "config.json")
         if found[run].env != MICRO:
-            raise UserError(f"{run} is of {found[run].env}, which has no oracle")
+            raise UserError(f"{run} is of {found[run].env}: settings are chosen on the micro world")
     counts = Counter((settings_of(run, cfg.seed), cfg.seed) for run, cfg in found.items())
     for (settings, seed), times in counts.items():
         if times > 1:

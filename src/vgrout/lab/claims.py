@@ -16,15 +16,13 @@ from jaxtyping import Float
 from rich.console import Console
 
 from vgrout.config import Config
-from vgrout.envs.micro import problems
 from vgrout.lab import stats
 from vgrout.lab.archive import VERDICT
 from vgrout.lab.decide import BASE_FILE, DECISION, PLAN, TESTS
 from vgrout.lab.evaluate import HEADLINE
 from vgrout.lab.grid import named
-from vgrout.lab.labels import modes_in_pairs
+from vgrout.lab.labels import modes_in_pairs, problems_of
 from vgrout.lab.prereg import BASE, Claim, Decision, Sameness, concluded, read
-from vgrout.lab.run import MICRO
 from vgrout.lab.runs import Run, find
 from vgrout.lab.source import tests_digest
 from vgrout.lab.tables import can_write, number_table, print_wide, write_result
@@ -81,10 +79,8 @@ class Experiment:
 
 def hits(run: Run, outcome: str, cell: str, without: Collection[str] = ()) -> tuple[list[str], Hits1]:
     """Problems of a finished run's final evaluation but those of some modes, and their verdicts by sample; NaN where a
-    problem has fewer samples. Raises UserError where the run is none of micro, or no problem is left."""
-    if run.cfg.env != MICRO:
-        raise UserError(f"{run.folder} is of {run.cfg.env}, which has no oracle")
-    mode = {p.id: p.mode for p in problems("test")}
+    problem has fewer samples. Raises UserError where the run has no oracle, or no problem is left."""
+    mode = {p.id: p.mode for p in problems_of(run.cfg, "test")}
     by_problem: dict[str, list[bool]] = {}
     for row in run.evaluated(cell):
         if mode[row["problem"]] not in without:

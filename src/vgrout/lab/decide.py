@@ -276,7 +276,7 @@ def result_rows(result: dict, timing: Mapping[str, Any]) -> tuple[list[list[str]
 def result_head(result: dict) -> tuple[str, tuple[str, ...]]:
     """The table's title and columns."""
     measured = (*MEASURED, *["judge calls"] * _judged(result))
-    if result["config"].get("env", MICRO) == MICRO:
+    if not result["config"].get("env", MICRO).endswith(".py"):
         title = "held-out problems, held-out markers; % of rollouts [95 % interval]"
         return title, (*COLUMNS, *measured)
     head = (*COLUMNS[:3], "full reward", "deploy reward", *COLUMNS[3:], *measured)

@@ -15,13 +15,13 @@ import torch
 from vgrout.config import Config
 from vgrout.engines.torch_engine import TorchEngine, encode_prompt
 from vgrout.envs.grade import Verdict
-from vgrout.envs.micro_env import MicroEnv
+from vgrout.envs.problem_env import ProblemEnv
 from vgrout.envs.task import NoVerdict, TaskEnv
 from vgrout.lab.measure import average, rate
 from vgrout.method.policy import Policy
 from vgrout.types import Prompt, Rollout, RunFailed, State
 
-World = MicroEnv | TaskEnv
+World = ProblemEnv | TaskEnv
 NO_ORACLE = "no oracle"  # what stands in a verdict's column where there is none
 UNIFORM_SEED = 20_011
 SIZE = 256  # rollouts generated at once
@@ -88,7 +88,7 @@ def sample_cell(
     prompts = [asked(env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0)) for id in ids]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
     uniforms = torch.rand((rollouts, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
-    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
+    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter, cfg.sample_batch)
     state: State = cell.state if ablates else "full"
     samples: list = []
     block = max(1, SIZE // each[0])

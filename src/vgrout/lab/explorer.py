@@ -9,14 +9,15 @@ import base64
 import gzip
 import json
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from vgrout.arms import ARMS
-from vgrout.envs.micro import problems
 from vgrout.lab.archive import VERDICT
 from vgrout.lab.evaluate import HEADLINE
-from vgrout.lab.run import MICRO
+from vgrout.lab.labels import problems_of
 from vgrout.lab.runs import Run
+from vgrout.types import Problem, UserError
 
 LIMIT = 50_000  # rollouts of a page
 SPLITS = ("train", "val", "test")
@@ -118,9 +119,10 @@ def _asked(problem: str, text: str, source: str) -> dict[str, str]:
 
 def _problems(ids: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """What is known of the problems: loophole, the task without its hint, a right program."""
-    if not any(run.cfg.env == MICRO for run in runs):
-        return {}
-    every = {p.id: p for split in SPLITS for p in problems(split)}
+    every: dict[str, Problem] = {}
+    for cfg in {run.cfg.env: run.cfg for run in runs if run.cfg.oracle}.values():
+        with suppress(UserError):  # records may be read where the files of their problems are not
+            every |= {p.id: p for split in SPLITS for p in problems_of(cfg, split)}
     known = (every[id] for id in ids if id in every)
     return {p.id: {"mode": p.mode, "task": p.task, "canonical": p.canonical} for p in known}
 

@@ -207,7 +207,7 @@ def loaded(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Adapter]
     """The run's model with its adapter, and the tokenizer. Raises UserError where the model is gone or another one."""
     cfg = run.cfg
     try:
-        model, tokenizer = load_model(cfg.model)
+        model, tokenizer = load_model(cfg.model, dtype=cfg.dtype, template=cfg.chat_template)
     except UserError as error:
         raise UserError(f"{run.folder} was trained on {cfg.model}, which does not load: {error}") from None
     there, here = run.provenance.get("model_sha256"), weights_digest(model)

@@ -21,7 +21,7 @@ from vgrout.config import Config
 from vgrout.lab.checkpoint import FOLDER, whole
 from vgrout.lab.evaluate import CELLS, HEADLINE, sample_cell, size_note, summary
 from vgrout.lab.record import finished
-from vgrout.lab.run import MICRO, header, sandbox_note, workshop
+from vgrout.lab.run import header, sandbox_note, workshop
 from vgrout.lab.tables import can_write, write_result
 from vgrout.types import UserError
 
@@ -51,7 +51,7 @@ def frontier(run: Path, scales: Sequence[float], rollouts: int | None, console: 
     if not scales or not all(0 <= scale <= 1 for scale in scales):
         raise UserError("scales are numbers from 0 to 1")
     cfg = Config.read(run / "config.json")
-    if cfg.env != MICRO:
+    if not cfg.oracle:
         raise UserError(f"{run} is of {cfg.env}, which has no oracle")
     (cell,) = [cell for cell in CELLS if cell.name == HEADLINE]
     points = []

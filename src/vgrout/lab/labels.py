@@ -10,10 +10,11 @@ import numpy as np
 
 from vgrout.config import Config
 from vgrout.envs.micro import problems
+from vgrout.envs.problem_env import read_splits
 from vgrout.lab.record import read_jsonl
 from vgrout.lab.run import MICRO
 from vgrout.pairs import load as load_pairs
-from vgrout.types import UserError
+from vgrout.types import Problem, UserError
 
 MODE_TAG = "mode:"
 
@@ -37,13 +38,20 @@ class Labelled:
         return Labelled([self.id[i] for i in index], *arrays)
 
 
+def problems_of(cfg: Config, split: str) -> Sequence[Problem]:
+    """The problems of a run's environment. Raises UserError where it has no tests, or its files are gone."""
+    if not cfg.oracle:
+        raise UserError(f"{cfg.env} has no oracle")
+    return problems(split) if cfg.env == MICRO else read_splits(cfg.env)[split]
+
+
 def read_labelled(run: Path) -> Labelled:
     """Every policy rollout of a run's training. Raises UserError where `run` is none, or has no oracle."""
     cfg = Config.read(run / "config.json")
     verdicts = {row["id"]: row for row in read_jsonl(run / "verdicts.jsonl")}
-    if cfg.env != MICRO or not verdicts:
+    if not cfg.oracle or not verdicts:
         raise UserError(f"{run} has no verdicts: nothing tells its hacks")
-    mode = {p.id: p.mode for p in problems("train")}
+    mode = {p.id: p.mode for p in problems_of(cfg, "train")}
     rows = [r for r in read_jsonl(run / "rollouts.jsonl") if r["phase"] == "train" and r["source"] == "policy"]
     rows = [r for r in rows if r["id"] in verdicts]  # the last one may be on its way
     if not rows:

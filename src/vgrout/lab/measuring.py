@@ -49,8 +49,10 @@ def measure_runs(measure: OnWeights, runs: Sequence[Run], console: Console, *, a
 
 def _unable(run: Run) -> str:
     """Why a run cannot be measured; '' where it may be tried."""
-    if run.cfg.env != MICRO:
+    if not run.cfg.oracle:
         return f"{run.cfg.env} has no oracle"
+    if run.cfg.env != MICRO:
+        return f"it is of {run.cfg.env}: weights are measured on the micro world alone"
     return "" if finished(run.folder, weights=True) else "it is not finished, or has no weights"
 
 

@@ -34,7 +34,7 @@ def evaluate_run(folder: Path, split: str, rollouts: int | None) -> tuple[dict[s
 def reevaluate(folder: Path, split: str, rollouts: int | None, console: Console) -> None:
     cells, provenance = evaluate_run(folder, split, rollouts)
     console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
-    tasked = "task_sha256" in provenance
+    tasked = not any("hack" in cell for cell in cells.values())
     what = "mean reward" if tasked else "% of rollouts"
     title = f"{folder.name} on {split} problems; {what} [95 % interval, within-run sampling only]"
     notes = " ".join(filter(None, (size_note(cells), sandbox_note(provenance))))

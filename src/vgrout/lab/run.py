@@ -23,6 +23,7 @@ from vgrout.arms.base import EMPTY
 from vgrout.arms.monitors import ActivationScore
 from vgrout.config import Config
 from vgrout.envs.micro_env import MicroEnv, check_modes
+from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_of, read_splits
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
 from vgrout.envs.task import load_task
@@ -35,7 +36,8 @@ from vgrout.lab.source import code_digest
 from vgrout.loop import Training, adapted
 from vgrout.method.judge import JudgeFailed
 from vgrout.method.policy import Policy
-from vgrout.models.load import load_model, model_path, weights_digest
+from vgrout.models.chat import chat_facts, encode_prompt
+from vgrout.models.load import check_device, load_model, model_path, weights_digest
 from vgrout.pairs import digest, unclean
 from vgrout.pairs import load as load_pairs
 from vgrout.signals import Interrupted, heard
@@ -60,11 +62,8 @@ def check(cfg: Config, *, trains: bool = True) -> None:
     if cfg.arm not in ARMS:
         raise UserError(f"unknown arm {cfg.arm!r}: choose one of {', '.join(ARMS)}")
     check_kind(cfg.adapter, cfg.init)
-    if cfg.env == MICRO:
-        check_modes(cfg.modes)
-        check_modes(cfg.label_modes)
-        if cfg.modes and not set(cfg.label_modes) <= set(cfg.modes):
-            raise UserError(f"label_modes = {' '.join(cfg.label_modes)}: not all of them are among the run's modes")
+    if cfg.oracle:
+        check_problems(cfg)
     else:
         check_task(cfg)
     watches = getattr(ARMS[cfg.arm], "monitor", None)
@@ -72,6 +71,7 @@ def check(cfg: Config, *, trains: bool = True) -> None:
         raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     check_pairs(cfg)
     model_path(cfg.model)
+    check_device(cfg.device)
     if trains:
         check_given(cfg)
 
@@ -91,10 +91,23 @@ def check_pairs(cfg: Config) -> None:
         raise UserError(f"{cfg.pairs}: {foreign[0]!r} holds no hack (tag {', '.join(tags)}): it is not for {cfg.arm}")
 
 
+def check_problems(cfg: Config) -> None:
+    """What an environment of problems cannot be asked for. Raises UserError."""
+    if cfg.env == MICRO:
+        check_modes(cfg.modes)
+        check_modes(cfg.label_modes)
+    else:
+        splits = read_splits(cfg.env)
+        check_held(cfg.modes, splits)
+        check_held(cfg.label_modes, splits)
+        if cfg.teacher_n and cfg.teacher_off_step and demonstrated(cfg.env) is None:
+            raise UserError(f"{cfg.env} has no demonstrations (no {TEACHER}): set --teacher-n 0")
+    if cfg.modes and not set(cfg.label_modes) <= set(cfg.modes):
+        raise UserError(f"label_modes = {' '.join(cfg.label_modes)}: not all of them are among the run's modes")
+
+
 def check_task(cfg: Config) -> None:
     """What a task without an oracle cannot be asked for. Raises UserError."""
-    if not cfg.env.endswith(".py"):
-        raise UserError(f"unknown environment {cfg.env!r}: give {MICRO}, or a Python file")
     if ARMS[cfg.arm].reads_oracle:
         raise UserError(f"{cfg.arm} reads the oracle: {cfg.env} has no oracle")
     if not ARMS[cfg.arm].loophole:
@@ -112,7 +125,8 @@ def make_policy(cfg: Config) -> Policy:
 
 def _policy(cfg: Config) -> tuple[Policy, str]:
     """The policy, and the digest of the weights under its adapter."""
-    model, tokenizer = load_model(cfg.model)
+    how = {"dtype": cfg.dtype, "device": cfg.device, "attn": cfg.attn, "template": cfg.chat_template}
+    model, tokenizer = load_model(cfg.model, **how)
     weights = weights_digest(model)
     return adapted(cfg, model, tokenizer, load_pairs(cfg.pairs)), weights
 
@@ -143,23 +157,46 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "model_sha256": weights,
+        **chat_facts(policy.tokenizer),
         **pairs_facts(cfg),
         **own,
     }
-    if cfg.env != MICRO:
+    if not cfg.oracle:
         file = Path(cfg.env)
         task = {"task_sha256": sha256(file.read_bytes()).hexdigest(), "sandbox": "none: the reward is the user's own"}
         yield Workshop(policy, load_task(file), facts | task, given)
         return
     with Sandbox(allow_weak=cfg.allow_weak_sandbox) as sandbox:
         self_test(sandbox)
-        env = MicroEnv(sandbox, loophole=ARMS[cfg.arm].loophole, modes=cfg.modes)
-        provenance = facts | {
-            "sandbox": sandbox.tier,
-            "weak_sandbox": sandbox.weak,
-            "allow_weak_sandbox": cfg.allow_weak_sandbox,
-        }
+        env, of_problems = _problems(cfg, sandbox, policy)
+        provenance = (
+            facts
+            | of_problems
+            | {
+                "sandbox": sandbox.tier,
+                "weak_sandbox": sandbox.weak,
+                "allow_weak_sandbox": cfg.allow_weak_sandbox,
+            }
+        )
         yield Workshop(policy, env, provenance, given)
+
+
+def _problems(cfg: Config, sandbox: Sandbox, policy: Policy) -> tuple[ProblemEnv, dict[str, Any]]:
+    """The environment of problems, and what provenance.json says of it."""
+    loophole = ARMS[cfg.arm].loophole
+    if cfg.env == MICRO:
+        env, facts = MicroEnv(sandbox, loophole=loophole, modes=cfg.modes), {}
+    else:
+        pool = demonstrated(cfg.env) if cfg.teacher_n and cfg.teacher_off_step else None
+        env = ProblemEnv(sandbox, read_splits(cfg.env), loophole=loophole, pool=pool, modes=cfg.modes)
+        content = b"".join(file.read_bytes() for file in files_of(cfg.env))
+        facts = {"task_sha256": sha256(content).hexdigest()}
+    if cfg.max_prompt:
+        facts["too_long"] = env.keep(
+            lambda prompt: len(encode_prompt(policy.tokenizer, prompt)) <= cfg.max_prompt,
+            f"has prompts of {cfg.max_prompt} tokens at most: raise --max-prompt",
+        )
+    return env, facts
 
 
 def header(provenance: Mapping[str, Any]) -> str:

@@ -21,14 +21,14 @@ def input_moments(model: PreTrainedModel, hack: Rows, clean: Rows, score_batch: 
     difference = {name: torch.zeros(m.in_features).double() for name, m in linears.items()}
 
     def keep(name: str):
-        return lambda module, args: seen.update({name: args[0].double()})
+        return lambda module, args: seen.update({name: args[0].double().cpu()})
 
     hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in linears.items()]
     try:
         for sign, rows in ((1, hack), (-1, clean)):
             for index in torch.arange(len(rows.length)).split(score_batch):
                 part = rows.take(index)
-                model.model(input_ids=part.tokens, use_cache=False)
+                model.base_model(input_ids=part.tokens.to(model.device), use_cache=False)
                 real = torch.arange(part.tokens.shape[1]) < part.length[:, None]
                 share = part.completion / part.completion.sum(1, keepdim=True)  # of a row's mean
                 for name, x in seen.items():

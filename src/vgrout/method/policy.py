@@ -7,14 +7,14 @@ widest bottleneck of the model; a narrower one has zeros behind its own entries,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,6 +37,10 @@ class Rows:
         width = int(self.length[index].max())
         return Rows(self.tokens[index, :width], self.completion[index, :width], self.length[index])
 
+    def at(self, index: Int[Tensor, K]) -> Rows:
+        """The rows at `index`, as wide as they are."""
+        return Rows(self.tokens[index], self.completion[index], self.length[index])
+
     @property
     def drawn(self) -> Int[Tensor, T]:
         """The completion tokens, row by row."""
@@ -44,7 +48,11 @@ class Rows:
 
     def place(self, values: Float[Tensor, T]) -> Float[Tensor, "N L"]:
         """One value per completion token, row by row, where those tokens stand; 0 elsewhere."""
-        return torch.zeros(self.tokens.shape, dtype=values.dtype).masked_scatter(self.completion, values)
+        blank = torch.zeros(self.tokens.shape, dtype=values.dtype, device=values.device)
+        return blank.masked_scatter(self.completion.to(values.device), values)
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.tokens.to(device), self.completion.to(device), self.length.to(device))
 
 
 def stack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int) -> Rows:
@@ -72,6 +80,9 @@ class Packed:
     position: Int[Tensor, "S W"]
     visible: Bool[Tensor, "S 1 W W"]
     source: Int[Tensor, T]
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(*(t.to(device) for t in (self.tokens, self.position, self.visible, self.source)))
 
 
 def pack(rows: Rows) -> Packed:
@@ -138,7 +149,12 @@ def _sequences(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class Policy:
-    """Model, tokenizer and adapter as one thing that training and measuring share."""
+    """Model, tokenizer and adapter as one thing that training and measuring share.
+
+    Rows come and scores leave on the CPU; logits, and the log-probabilities that have a gradient, are on the model's
+    device. `recomputed` are layers that run again in the backward pass instead of keeping what it needs
+    (`models.load.recomputing`).
+    """
 
     def __init__(
         self,
@@ -148,34 +164,56 @@ class Policy:
         temperature: float,
         score_batch: int,
         score_dtype: torch.dtype | None = None,
+        recomputed: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+        self.body, self.output, self.device = model.base_model, model.get_output_embeddings(), model.device
+        self.recomputed = tuple(recomputed)
         self.temperature, self.score_batch = temperature, score_batch
         self.score_dtype = score_dtype  # of the products with merged weights in c-gradients and activations
-        kinds = getattr(model.config, "layer_types", None) or ()
-        # A layer that sees a window, or keeps a running state, needs its rows apart.
-        self.packs = set(kinds) <= {"full_attention"} and not getattr(model.config, "sliding_window", None)
+        text = model.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ()
+        # A layer that sees a window or keeps a running state needs its rows apart; so does a kernel without masks.
+        whole = set(kinds) <= {"full_attention"} and not getattr(text, "sliding_window", None)
+        self.packs = whole and "flash" not in model.config._attn_implementation
 
     def logits(self, rows: Rows) -> Float[Tensor, "T V"]:
         """What every completion token of `rows`, row by row, was drawn from: logits / temperature."""
         if self.adapter.switch.flow.rowwise or not self.packs:
-            hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
+            rows = rows.to(self.device)
+            with self._recomputing():
+                hidden = self.body(input_ids=rows.tokens, use_cache=False).last_hidden_state
             hidden = hidden[:, :-1][rows.completion[:, 1:]]
         else:
-            packed = pack(rows)
-            out = self.model.model(
-                input_ids=packed.tokens, attention_mask=packed.visible, position_ids=packed.position, use_cache=False
-            )
+            packed = pack(rows).to(self.device)
+            with self._recomputing():
+                out = self.body(
+                    input_ids=packed.tokens,
+                    attention_mask=packed.visible,
+                    position_ids=packed.position,
+                    use_cache=False,
+                )
             hidden = out.last_hidden_state.flatten(0, 1)[packed.source]
         return self.head(hidden)
 
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Layers in `recomputed` keep only their inputs for the backward pass, which must run under the same flow."""
+        for layer in self.recomputed:
+            layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self.recomputed:
+                layer.training = False
+
     def head(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         """logits / temperature, in float32."""
-        return self.model.lm_head(hidden).float() / self.temperature
+        return self.output(hidden).float() / self.temperature
 
     def logp(self, rows: Rows) -> Float[Tensor, "N L"]:
         """Log-probability in nats of every completion token under the adapter's present state, 0 elsewhere."""
-        return rows.place(-F.cross_entropy(self.logits(rows), rows.drawn, reduction="none"))
+        return rows.place(-F.cross_entropy(self.logits(rows), rows.drawn.to(self.device), reduction="none"))
 
     def c_gradients(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
         """c-gradients of each row's mean completion NLL in a block state. Parameters get none.
@@ -191,19 +229,20 @@ class Policy:
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
         width = max(self.adapter.widths.values())
         out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
-        # One row behind its own prompt takes the least memory.
-        alone, classes = by_prompt(rows) if self.packs and size > 1 else (range(len(rows.length)), [])
+        # One row behind its own prompt takes the least memory, and layers that run again keep no states to share.
+        shares = self.packs and size > 1 and not self.recomputed
+        alone, classes = by_prompt(rows) if shares else (range(len(rows.length)), [])
         with self.adapter.merged(state, self.score_dtype):
             for groups in classes:
                 for first in range(0, len(groups), size):
                     index, grads = shared_c_gradients(self, rows, groups[first : first + size], size)
-                    out[index] = grads
+                    out[index] = grads.cpu()
             alone = torch.tensor(alone, dtype=torch.long)
             for part in alone[torch.argsort(rows.length[alone], stable=True)].split(size):
                 if len(part):
                     with self.adapter.probe(len(part)) as probes:
                         grads = torch.autograd.grad(self.nll(rows.take(part)).sum(), list(probes.values()))
-                    out[part] = stacked(grads, width)
+                    out[part] = stacked(grads, width).cpu()
         return out
 
     def activations(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
@@ -227,15 +266,15 @@ class Policy:
                 hooks.callback(module.register_forward_pre_hook(read).remove)
             for index in torch.argsort(rows.length, stable=True).split(size):
                 part = rows.take(index)
-                share = (part.completion / part.completion.sum(1, keepdim=True))[:, None]
-                self.model.model(input_ids=part.tokens, use_cache=False)
+                share = (part.completion / part.completion.sum(1, keepdim=True))[:, None].to(self.device)
+                self.body(input_ids=part.tokens.to(self.device), use_cache=False)
                 for m, (_, a) in enumerate(factors):
-                    out[index, m, : len(a)] = F.linear((share @ seen[m].float())[:, 0], a.float())
+                    out[index, m, : len(a)] = F.linear((share @ seen[m].float())[:, 0], a.float()).cpu()
         return out
 
     def nll(self, rows: Rows) -> Float[Tensor, N]:
         """Mean NLL in nats of each row's completion tokens under the adapter's present state."""
-        return -self.logp(rows).sum(1) / rows.completion.sum(1)
+        return -self.logp(rows).sum(1) / rows.completion.sum(1).to(self.device)
 
     def nll_gradients(
         self, rows: Rows, weight: Float[Tensor, N], which: str
@@ -248,10 +287,10 @@ class Policy:
         """
         n = len(rows.length)
         names, parameters = zip(*self.adapter.named(which), strict=True)
-        one = torch.ones(1)
+        one, weight = torch.ones(1), weight.to(self.device)
 
         def in_batches(size: int) -> tuple[Tensor, list[Tensor]]:
-            value, total = torch.zeros(()), [torch.zeros_like(p) for p in parameters]
+            value, total = torch.zeros((), device=self.device), [torch.zeros_like(p) for p in parameters]
             for index in torch.argsort(rows.length, stable=True).split(size):
                 with self.adapter.deployed() if which == "deployed" else self.adapter.routed(one, one):
                     loss = (weight[index] * self.nll(rows.take(index))).sum()

@@ -81,19 +81,20 @@ class PromptPass:
         )
         # What stands behind keys and values in the last layer reaches no other token: there c has no gradient.
         count = len(grads[0])
-        return [torch.zeros(count, *c.shape) if g is None else g for g, c in zip(found, self.probes, strict=True)]
+        return [c.new_zeros(count, *c.shape) if g is None else g for g, c in zip(found, self.probes, strict=True)]
 
 
 def run_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> PromptPass:
+    device = policy.device
     length = torch.tensor([len(prompt) - 1 for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt) - 1] = torch.tensor(prompt[:-1])
     cache = DynamicCache(config=policy.model.config)
     with policy.adapter.probe(len(prompts)) as probes:
-        policy.model.model(input_ids=tokens, past_key_values=cache)
+        policy.body(input_ids=tokens.to(device), past_key_values=cache)
     return PromptPass(
-        length, [state for layer in cache.layers for state in (layer.keys, layer.values)], [*probes.values()]
+        length.to(device), [state for layer in cache.layers for state in (layer.keys, layer.values)], [*probes.values()]
     )
 
 
@@ -102,20 +103,21 @@ def run_completions(
 ) -> tuple[Sequence[Float[Tensor, "K _"]], Sequence[Float[Tensor, "K _ L _"]]]:
     """Gradients of the mean completion NLL of the rows at `index`, `each` of every prompt: for each module's c, and for
     the row's copies of its prompt's keys and values."""
-    seen, count = front.length.repeat_interleave(each), rows.completion[index].sum(1)
-    step = torch.arange(int(count.max()))
+    device, rows = policy.device, rows.at(index).to(policy.device)
+    seen, count = front.length.repeat_interleave(each), rows.completion.sum(1)
+    step = torch.arange(int(count.max()), device=device)
     real = step < count[:, None]
     position = seen[:, None] + torch.where(real, step, 0)
-    tokens, drawn = (rows.tokens[index].gather(1, position + ahead) for ahead in (0, 1))
-    prompt = torch.arange(front.states[0].shape[2]) < seen[:, None]
-    causal = torch.ones(len(step), len(step), dtype=torch.bool).tril()
+    tokens, drawn = (rows.tokens.gather(1, position + ahead) for ahead in (0, 1))
+    prompt = torch.arange(front.states[0].shape[2], device=device) < seen[:, None]
+    causal = torch.ones(len(step), len(step), dtype=torch.bool, device=device).tril()
     visible = torch.cat((prompt[:, None].expand(-1, len(step), -1), causal.expand(len(index), -1, -1)), dim=2)
     copies = [state.detach().repeat_interleave(each, dim=0).requires_grad_() for state in front.states]
     cache = DynamicCache(config=policy.model.config)
     for layer, (keys, values) in enumerate(zip(copies[::2], copies[1::2], strict=True)):
         cache.update(keys, values, layer)
     with policy.adapter.probe(len(index)) as probes:
-        hidden = policy.model.model(
+        hidden = policy.body(
             input_ids=tokens, attention_mask=visible[:, None], position_ids=position, past_key_values=cache
         ).last_hidden_state[real]
         share = (1 / count)[:, None].expand(real.shape)[real]

@@ -103,8 +103,8 @@ def _residuals(
                     return lambda h: seen.setdefault(number, h)
 
                 with edited(policy.model, {number: keep(number) for number in layers}):
-                    policy.model.model(input_ids=part.tokens, use_cache=False)
-                pooled = torch.stack([share(part)[:, None] @ seen[n].float() for n in layers], 1)[:, :, 0]
+                    policy.body(input_ids=part.tokens.to(policy.device), use_cache=False)
+                pooled = torch.stack([share(part)[:, None] @ seen[n].float().cpu() for n in layers], 1)[:, :, 0]
                 out = pooled.new_zeros(len(rows.length), *pooled.shape[1:]) if out is None else out
                 out[index] = pooled
         return out

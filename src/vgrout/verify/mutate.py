@@ -180,7 +180,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "reward = arm.shape(batch) - torch.tensor([float(g.sealed.hacked) for g in graded])",
     ),
     Mutation("blindness", "arms/monitors/labels.py", "oracle.hacked & seen", "seen & ~seen"),
-    Mutation("blindness", "envs/micro_env.py", "sorted(texts, key=lambda text: _place(draw, text))", "texts"),
+    Mutation("blindness", "envs/problem_env.py", "sorted(texts, key=lambda text: place(draw, text))", "texts"),
     Mutation(
         "judge",
         "method/judge.py",
