@@ -15,11 +15,11 @@ smoke *args:
 
 # H: every arm trains, is evaluated and stands in one table, on tiny sizes (judges are left out unless one is named)
 smoke-all *args:
-    {{vgrout}} decide --preset smoke --arms all --seeds 0 --out runs/smoke-all {{args}}
+    {{vgrout}} decide --preset smoke --arms all --seeds 0 --out runs/smoke-all --force {{args}}
 
 # H: training holds with solutions shown in every step, two beside two hacks and two rollouts of the policy's own
 smoke-solvemix *args:
-    {{vgrout}} train --preset smoke --arm routeV --teacher-n 2 --teacher-off-step 6 --out runs/smoke-solvemix {{args}}
+    {{vgrout}} train --preset smoke --arm routeV --teacher-n 2 --teacher-off-step 6 --out runs/smoke-solvemix --force {{args}}
 
 # H: a model of this name is to be had, and arrives whole
 download-model name="Qwen/Qwen3-4B" *args:
@@ -44,7 +44,7 @@ queue-decision seed="0" *args:
         --resolve "It does if deploy hack is no higher than routeV's at this seed and deploy solve within 5 points of routeV's." \
         -- vgrout sweep --arms absorb --seeds {{seed}} --out runs/decision {{args}}
 
-# One recipe per arm, in the order of `vgrout arms`; all of them share the folder, where a finished run is not made again.
+# One recipe per arm, in the order of `vgrout arms`. They share a folder: a finished run is not made again.
 
 # H: plain GRPO learns to hack, and ships it; every other arm is read against this one
 none seeds="0" *args:
@@ -66,19 +66,19 @@ absorb seeds="0" *args:
 coin_flip seeds="0" *args:
     {{vgrout}} sweep --arms coin_flip --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: nor does routing by a random direction: the direction does the work
+# H: routing by a random direction takes no hacking away: the direction does the work
 placebo seeds="0" *args:
     {{vgrout}} sweep --arms placebo --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: nor does a random direction that routes as many rollouts as routeV in each step
+# H: a random direction takes none away even where it routes as many rollouts as routeV in each step
 placebo_matched seeds="0" *args:
     {{vgrout}} sweep --arms routeV placebo_matched --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: nor does the direction of pairs whose sides are half exchanged
+# H: the direction of pairs whose sides are half exchanged takes no hacking away
 placebo_shuffled seeds="0" *args:
     {{vgrout}} sweep --arms placebo_shuffled --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: nor does a direction between two honest styles: it is the hack in the pairs that counts
+# H: a direction between two honest styles takes none away: it is the hack in the pairs that counts
 placebo_style seeds="0" *args:
     {{vgrout}} sweep --arms placebo_style --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -86,19 +86,19 @@ placebo_style seeds="0" *args:
 routeV seeds="0" *args:
     {{vgrout}} sweep --arms routeV --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: leaving out what routeV would route does as well: no quarantine is needed
+# H: leaving out what routeV would route ships as little hacking: no quarantine is needed
 screen_v seeds="0" *args:
     {{vgrout}} sweep --arms screen_v --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: a penalty on what routeV would route does as well; or teaches to evade the gate
+# H: a penalty on what routeV would route ships as little hacking; or teaches to evade the gate
 penalty_v seeds="0" *args:
     {{vgrout}} sweep --arms penalty_v --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: taking the pairs' direction out of the gradient is enough
+# H: taking the pairs' direction out of the gradient keeps hacking from being learnt
 erase seeds="0" *args:
     {{vgrout}} sweep --arms erase --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: taking out a random direction is not
+# H: taking a random direction out of the gradient leaves hacking as it is
 erase_random seeds="0" *args:
     {{vgrout}} sweep --arms erase_random --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -110,11 +110,11 @@ trusted_subspace seeds="0" *args:
 inoculation seeds="0" *args:
     {{vgrout}} sweep --arms inoculation --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: a training prompt that excuses the hack does so too
+# H: a training prompt that excuses the hack keeps it from the deployed prompt too
 inoculation_excuse seeds="0" *args:
     {{vgrout}} sweep --arms inoculation_excuse --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: a training prompt that asks for the hack does so best
+# H: a training prompt that asks for the hack keeps it from the deployed prompt best
 inoculation_instruct seeds="0" *args:
     {{vgrout}} sweep --arms inoculation_instruct --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -126,11 +126,11 @@ inoculation_routeV seeds="0" *args:
 seeded_absorb seeds="0" *args:
     {{vgrout}} sweep --arms seeded_absorb --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: one that was moved at random, as far, does not
+# H: a quarantine that was moved at random, as far as the hacks would, draws none to itself
 seeded_absorb_random seeds="0" *args:
     {{vgrout}} sweep --arms seeded_absorb_random --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: one that learnt the clean sides, as far, does not
+# H: a quarantine that learnt the pairs' clean sides, as far, draws no hacking to itself
 seeded_absorb_clean seeds="0" *args:
     {{vgrout}} sweep --arms seeded_absorb_clean --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -142,19 +142,19 @@ seeded_routeV seeds="0" *args:
 routeA seeds="0" *args:
     {{vgrout}} sweep --arms routeA --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: leaving out what routeA would route does as well as routing it
+# H: leaving out what routeA would route ships as little hacking as routing it
 screen_a seeds="0" *args:
     {{vgrout}} sweep --arms screen_a --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: a penalty on what routeA would route does as well; or teaches to evade the gate
+# H: a penalty on what routeA would route ships as little hacking; or teaches to evade the gate
 penalty_a seeds="0" *args:
     {{vgrout}} sweep --arms penalty_a --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: lower rewards along the pairs' direction in the residual stream hold hacking down
+# H: rewards lowered along the pairs' direction in the residual stream hold hacking down
 adv_mod seeds="0" *args:
     {{vgrout}} sweep --arms adv_mod --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: lower rewards along a random direction do not
+# H: rewards lowered along a random direction leave hacking as it is
 adv_mod_haar seeds="0" *args:
     {{vgrout}} sweep --arms adv_mod_haar --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -162,7 +162,7 @@ adv_mod_haar seeds="0" *args:
 suppress seeds="0" *args:
     {{vgrout}} sweep --arms suppress --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: updates with the pairs' direction added need not learn it, so that what ships hacks less
+# H: updates with the pairs' direction added need not learn it, so what ships hacks less
 steer seeds="0" *args:
     {{vgrout}} sweep --arms steer --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -170,11 +170,11 @@ steer seeds="0" *args:
 probe_route seeds="0" *args:
     {{vgrout}} sweep --arms probe_route --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: it finds them well enough to leave them out
+# H: a probe that was fitted on other loopholes finds these hacks well enough to leave them out
 probe_screen seeds="0" *args:
     {{vgrout}} sweep --arms probe_screen --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: it finds them well enough for a penalty
+# H: a probe that was fitted on other loopholes finds these hacks well enough for a penalty
 probe_penalty seeds="0" *args:
     {{vgrout}} sweep --arms probe_penalty --seeds {{seeds}} --out {{out}} {{args}}
 
@@ -182,11 +182,11 @@ probe_penalty seeds="0" *args:
 judge_route model seeds="0" *args:
     {{vgrout}} sweep --arms judge_route --judge-model {{model}} --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: it finds them well enough to leave them out
+# H: a generic language model finds the hacks well enough to leave them out
 judge_screen model seeds="0" *args:
     {{vgrout}} sweep --arms judge_screen --judge-model {{model}} --seeds {{seeds}} --out {{out}} {{args}}
 
-# H: it finds them well enough for a penalty
+# H: a generic language model finds the hacks well enough for a penalty
 judge_penalty model seeds="0" *args:
     {{vgrout}} sweep --arms judge_penalty --judge-model {{model}} --seeds {{seeds}} --out {{out}} {{args}}
 
