@@ -105,7 +105,7 @@ def test_a_changed_past_is_named(journal):
     tampered = {
         "a word": (whole.replace(two.text, forged), "entry 2 (2. Two"),
         "a word, sealed anew": (
-            whole.replace(two.text, forged).replace(two.seal, sealed(forged, two.after), 1),
+            whole.replace(two.text, forged).replace(f"sha256 {two.seal}", f"sha256 {sealed(forged, two.after)}"),
             "entry 3 was written after another entry 2",
         ),
         "taken out": (without(two), "entry 3 stands where entry 2 should"),
