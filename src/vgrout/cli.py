@@ -4,14 +4,16 @@ signal's number."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -38,6 +40,7 @@ MADE = {
     "relearn": "how fast hacking comes back by fine-tuning and by GRPO",
     "elicit": "what brings hacking out of what ships: invitation, a shown hack, more samples",
 }
+QUEUE, JOURNAL = Path("runs/queue"), Path("RESEARCH_JOURNAL.md")
 DEFAULT_ARMS = ("none", "absorb", "coin_flip", "placebo", "routeV", "oracle_route", "rl_baseline")
 
 
@@ -51,8 +54,8 @@ def _given(args: list[str], flag: str) -> str | None:
     return None
 
 
-def commands(base: Config) -> dict:
-    """Every command with `base` as its default configuration."""
+def commands(base: Config, queued: Sequence[str] = ()) -> dict:
+    """Every command with `base` as its default configuration; `queued` is what stands behind the -- of `queue add`."""
 
     def decide(
         out: Path = Path("runs/decision"),
@@ -624,6 +627,142 @@ def commands(base: Config) -> dict:
         show_choice(runs, rollouts, out, console)
         return 0
 
+    def queue_add(why: str = "", resolve: str = "", queue: Path = QUEUE) -> int:
+        """Queue a command that says what it asks and how its outcome will be judged: ... -- COMMAND.
+
+        Args:
+            why: The question, or hypothesis, that the command answers.
+            resolve: The rule by which its outcome will be judged.
+            queue: Folder of the queue.
+        """
+        from vgrout.lab.queue import add
+
+        if queued[:1] == ["vgrout"]:
+            check_command(queued[1:])
+        job = add(queue, why, resolve, queued)
+        console.print(f"job {job} waits in {queue}: `vgrout queue run` runs what waits", soft_wrap=True)
+        return 0
+
+    def queue_run(queue: Path = QUEUE, local: bool = False, job: int | None = None) -> int:
+        """Run what waits, one job after another; where pueue is installed, hand it over to that.
+
+        Args:
+            queue: Folder of the queue.
+            local: Run it here although pueue is installed.
+            job: Run this job alone, here, as soon as no other one runs.
+        """
+        from vgrout.lab.queue import run as work
+
+        return work(queue, console, local=local, job=job)
+
+    def queue_list(queue: Path = QUEUE) -> int:
+        """Every job with its state.
+
+        Args:
+            queue: Folder of the queue.
+        """
+        from vgrout.lab.queue import show_list
+
+        show_list(queue, console)
+        return 0
+
+    def queue_show(job: tyro.conf.Positional[int], queue: Path = QUEUE) -> int:
+        """One job: what it asks, the rule, and what came out.
+
+        Args:
+            job: Its number.
+            queue: Folder of the queue.
+        """
+        from vgrout.lab.queue import show_one
+
+        show_one(queue, job, console)
+        return 0
+
+    def queue_again(job: tyro.conf.Positional[int], queue: Path = QUEUE) -> int:
+        """Let a job wait once more that failed, was interrupted, or is with pueue no longer.
+
+        Args:
+            job: Its number.
+            queue: Folder of the queue.
+        """
+        from vgrout.lab.queue import change
+
+        change(queue, job, "again")
+        console.print(f"job {job} waits again")
+        return 0
+
+    def queue_cancel(job: tyro.conf.Positional[int], queue: Path = QUEUE) -> int:
+        """Take a job out that waits, or will not be tried again; its record stays.
+
+        Args:
+            job: Its number.
+            queue: Folder of the queue.
+        """
+        from vgrout.lab.queue import change
+
+        change(queue, job, "cancelled")
+        console.print(f"job {job} is cancelled")
+        return 0
+
+    def journal_add(
+        title: str = "",
+        finding: str = "",
+        hypotheses: tuple[str, ...] = (),
+        runs: tuple[Path, ...] = (),
+        figures: tuple[Path, ...] = (),
+        file: Path = JOURNAL,
+    ) -> int:
+        """Put an entry on top of the research journal; on a terminal, what is missing is asked for.
+
+        Args:
+            title: One line.
+            finding: What was seen, as Markdown.
+            hypotheses: At least three that could explain it.
+            runs: Folders of runs, or of experiments, that it rests on.
+            figures: Files of figures.
+            file: The journal.
+        """
+        from vgrout.lab.journal import add_entry
+
+        return add_entry(file, console, title, finding, hypotheses, runs, figures)
+
+    def journal_check(file: Path = JOURNAL) -> int:
+        """Name entries that are not as they were written, and links that lead nowhere; exit code 1 for the former.
+
+        Args:
+            file: The journal.
+        """
+        from vgrout.lab.journal import check
+
+        return check(file, console)
+
+    def play(
+        problem: str | None = None,
+        mode: str | None = None,
+        file: Path | None = None,
+        edit: bool = False,
+        family: Literal["train", "eval"] = "train",
+        hint_free: bool = False,
+        seed: int | None = None,
+        allow_weak_sandbox: bool = False,
+    ) -> int:
+        """Solve or hack a problem of the micro world yourself, and see what each grader says.
+
+        Args:
+            problem: Its id, such as train-007; one drawn by chance when not given.
+            mode: Give it this loophole, see `vgrout modes`.
+            file: Grade the program in this file (- for the standard input) and end.
+            edit: Write the program in the editor that VISUAL or EDITOR names.
+            family: Family of the marker that the hint names: eval is held out from training.
+            hint_free: Close the loophole, and do not mention it.
+            seed: Of the draw.
+            allow_weak_sandbox: Run programs even where the machine gives them too little isolation.
+        """
+        from vgrout.lab.play import play as work
+
+        how: dict[str, Any] = {"file": file, "edit": edit, "seed": seed, "allow_weak": allow_weak_sandbox}
+        return work(console, problem, mode=mode, family=family, hinted=not hint_free, **how)
+
     def read_measure(name: str, what: str):
         def command(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
             from vgrout.lab.measuring import show_measure
@@ -685,6 +824,15 @@ def commands(base: Config) -> dict:
         "view": view,
         "sql": sql,
         "publish": publish,
+        "queue add": queue_add,
+        "queue run": queue_run,
+        "queue list": queue_list,
+        "queue show": queue_show,
+        "queue again": queue_again,
+        "queue cancel": queue_cancel,
+        "journal add": journal_add,
+        "journal check": journal_check,
+        "play": play,
         "lab metrics": lab_metrics,
         "lab choose": lab_choose,
         "lab claims": lab_claims,
@@ -748,14 +896,51 @@ def _refuse_settings(args: list[str]) -> None:
             raise UserError(f"--resume takes every setting from the run's folder: drop {', '.join(other)}")
 
 
+def _prepared(args: list[str], queued: Sequence[str] = ()) -> tuple[dict, list[str]]:
+    """The commands, and `args` as their parser takes them. Raises UserError."""
+    if args[:2] == ["queue", "add"] and not queued and not {"-h", "--help"} & {*args}:
+        raise UserError('give the command behind a --: vgrout queue add --why "..." --resolve "..." -- COMMAND')
+    known = commands(_base(args), queued)
+    args = _command(args, known)
+    _refuse_singular(args)
+    _refuse_settings(args)
+    return known, args
+
+
+def check_command(args: Sequence[str]) -> None:
+    """Parse a command of vgrout without running it, so that a slip shows before its turn comes. Raises UserError;
+    SystemExit, once the mistake is on stderr, where the parser objects."""
+
+    def hollow(function):
+        return functools.wraps(function)(lambda *given, **named: (function, named))
+
+    own, rest = _split(list(args))
+    known, own = _prepared(own, rest)
+    hollowed = {name: hollow(function) for name, function in known.items()}
+    function, named = tyro.extras.subcommand_cli_from_dict(hollowed, args=own, prog="vgrout")
+    if function is known["train"] and named["resume"] is None:
+        from vgrout.lab.run import check
+
+        check(named["cfg"])
+    if function is known["sweep"]:
+        from vgrout.lab.sweep import sweep_jobs
+
+        sweep_jobs(*(named[name] for name in ("cfg", "arms", "seeds", "over", "out")))
+
+
+def _split(args: list[str]) -> tuple[list[str], list[str]]:
+    """`args` of `queue add`, and the command behind their --."""
+    if args[:2] != ["queue", "add"] or "--" not in args:
+        return args, []
+    at = args.index("--")
+    return args[:at], args[at + 1 :]
+
+
 def main() -> None:
     """Entry point of `vgrout`."""
-    args = sys.argv[1:]
+    args, queued = _split(sys.argv[1:])
     try:
-        known = commands(_base(args))
-        args = _command(args, known)
-        _refuse_singular(args)
-        _refuse_settings(args)
+        known, args = _prepared(args, queued)
         code = tyro.extras.subcommand_cli_from_dict(known, args=args, prog="vgrout")
     except UserError as error:
         print(f"vgrout: {error}", file=sys.stderr)
