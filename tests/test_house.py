@@ -22,7 +22,7 @@ HOUSE = (  # a room imports itself and rooms on lines above its own
     ("arms",),
     ("loop",),
     ("lab", "integrations"),
-    ("verify",),
+    ("verify", "api"),
     ("cli",),
     ("__main__",),
 )
