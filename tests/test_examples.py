@@ -83,3 +83,11 @@ def test_trl_micro(tmp_path, monkeypatch):
     assert said["live"] == "deployed"
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_no_run_executes_what_the_examples_use():
+    """A better API is no reason to train again: runs are stamped with the code that they execute."""
+    from vgrout.lab.source import executed
+
+    files = [path.relative_to(Path(sys.modules["vgrout"].__file__).parent) for path in executed()]
+    assert not [path for path in files if path.name == "api.py" or path.parts[0] == "integrations"]
