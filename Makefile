@@ -27,7 +27,7 @@ verify: $(CORE)  ## every gate with its evidence
 	$(BIN)/vgrout verify $(ARGS)
 
 test: $(DEV)  ## lint and tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests examples
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 mutate: $(DEV)  ## break the code on purpose and see that the tests notice

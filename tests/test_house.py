@@ -21,8 +21,9 @@ HOUSE = (  # a room imports itself and rooms on lines above its own
     ("engines", "method"),
     ("arms",),
     ("loop",),
-    ("lab", "integrations"),
-    ("verify",),
+    ("lab",),
+    ("integrations",),
+    ("verify", "api"),
     ("cli",),
     ("__main__",),
 )

@@ -277,13 +277,48 @@ def export(
         else:
             # With PEFT's one line of metadata: several would come in another order each time.
             write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-            config = lora_config(said["base"]["loads_from"], rank, said["target_modules"])
-            replace_file(part / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+            config = _config(said["base"]["loads_from"], rank, said["target_modules"])
+            replace_file(part / "adapter_config.json", config)
         if copies:
             shutil.copytree(model_path(cfg.model), part / BASE)
         _write_words(part, said)
     for line in (*spoken(said), f"{out}: sha256 {said['sha256']}, over what is live and each file's hash"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return said
+
+
+def export_adapter(
+    adapter: Adapter, out: Path, *, base: str, live: State, dtype: Dtype = "float32", force: bool = False
+) -> dict[str, Any]:
+    """Write what ships of a model that another loop trained, as a PEFT LoRA folder, whole or not at all; what its
+    export.json says. There is no run to tell of: the card says what is live and how to load it.
+
+    `base`: name or folder of the base model. Raises UserError where it is empty, `out` is in use, or the adapter is no
+    LoRA, and RunFailed where it cannot be written.
+    """
+    if not base:
+        raise UserError("the base model has no name: say which one it is (base)")
+    home = str(Path(base).resolve()) if Path(base).is_dir() else base
+    sources = (Path(base),) if Path(base).is_dir() else ()
+    check_out(out, sources, force=force)
+    tensors, rank, error = lora(adapter, live, DTYPES[dtype])
+    said: dict[str, Any] = {
+        "kind": KIND,
+        "format": FORMAT,
+        "live": live,
+        "form": "lora",
+        "dtype": dtype,
+        "base": {"model": base, "loads_from": home, "named": None, "copied": False},
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.modules}),
+        "rank": rank,
+        "delta_error": float(f"{error:.3g}"),
+    }
+    lines = [f"# {live}", "", f"Live in these weights: {MEANS[live]}.", "", "```python", *how_to_load(said), "```", ""]
+    with placed(out, sources, force=force) as part:
+        write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+        replace_file(part / "adapter_config.json", _config(home, rank, said["target_modules"]))
+        replace_file(part / CARD, "\n".join(lines))
+        _seal(part, said)
     return said
 
 
@@ -311,6 +346,15 @@ def _write_words(part: Path, said: dict[str, Any]) -> None:
     """The card and the record, which gets the files' hashes, and one of all that it says."""
     said["files"] = dict(_hashes(part))
     replace_file(part / CARD, card(said))
+    _seal(part, said)
+
+
+def _config(base: str, rank: int, modules: list[str]) -> str:
+    return json.dumps(lora_config(base, rank, modules), indent=2) + "\n"
+
+
+def _seal(part: Path, said: dict[str, Any]) -> None:
+    """Write the record of all that is in the folder by now."""
     said["files"] = dict(_hashes(part))
     said["sha256"] = sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     replace_file(part / RECORD, json.dumps(said, indent=2) + "\n")
