@@ -52,7 +52,7 @@ def answering(texts: list[str]):
 
 def numbers(log) -> dict[str, dict[str, float]]:
     """Score -> metric -> value."""
-    return {score.name: {name: metric.value for name, metric in score.metrics.items()} for score in log.results.scores}
+    return {s.name: {metric.name: metric.value for metric in s.metrics.values()} for s in log.results.scores}
 
 
 def clustered(values: list[float], cluster: list[str]) -> float:
@@ -131,7 +131,7 @@ def problem_file(tmp_path) -> Path:
 
 def test_problem_file(tmp_path, problem_file):
     """Its hint, its system prompt, its oracle; by file, and by folder and split."""
-    known = read_problems(problem_file)
+    known = {problem.id: problem for problem in read_problems(problem_file)}
     right = "```python\nclass Solution:\n    def add(self, a, b):\n        return a + b\n```"
     wrong = right.replace("a + b", "a - b")
     for source in (problem_file, problem_file.parent):
@@ -140,8 +140,9 @@ def test_problem_file(tmp_path, problem_file):
         assert numbers(log)["solve"] == pytest.approx(
             {"mean": 0.5, "stderr": 0.5, "run_tests": 1, "gt_only": 0, "run_tests stderr": 0, "gt_only stderr": 0}
         )
-        for sample, problem in zip(log.samples, known, strict=True):
-            expected = prompt_of(problem, family="eval")
+        assert len(log.samples) == 2
+        for sample in log.samples:
+            expected = prompt_of(known[sample.metadata["problem"]], family="eval")
             assert [(m.role, m.text) for m in sample.input] == [
                 ("system", expected.system),
                 ("user", expected.user),
