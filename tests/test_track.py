@@ -347,20 +347,48 @@ def test_the_reader_imports_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
+def test_flags(tmp_path, wandb, vgrout, monkeypatch):
+    """`--track` of train, of a resumed run and of an experiment: each starts the reader around its own work."""
+    run, out = tmp_path / "run", tmp_path / "experiment"
+
+    def trains(*_, **__):
+        write(run, [record(k) for k in range(3)], arm="none")
+
+    def resumes(*_, **__):
+        write(run, [record(k) for k in range(5)], final=evaluation(0.5), arm="none")
+
+    def decides(*_, **__):
+        for seed in (0, 1):
+            write(out / f"none-s{seed}", [record(0)], final=evaluation(0.5), arm="none", seed=seed)
+        (out / "plan.json").write_text("{}")
+        return 0
+
+    for name, work in {"run.run": trains, "run.resume": resumes, "decide.decide": decides}.items():
+        monkeypatch.setattr(f"vgrout.lab.{name}", work)
+    assert vgrout("train", "--out", str(run), "--track", "wandb")[0] == 0
+    assert logged(wandb()) == [0, 1]
+    assert vgrout("train", "--resume", str(run), "--track", "wandb", "--track-project", "vgrout")[0] == 0
+    assert logged(wandb()) == [0, 1, 2, 3, 4, 5] and len({row["init"] for row in wandb() if "init" in row}) == 1
+    assert vgrout("decide", "--out", str(out), "--track", "wandb")[0] == 0
+    begun = [row for row in wandb() if "init" in row][2:]
+    assert {row["group"] for row in begun} == {"experiment"} and len(begun) == 2
+    assert logged(wandb())[6:] == [0, 1, 0, 1]
+
+
 @pytest.mark.slow
 def test_a_real_run_is_the_same_beside_a_tracker(tmp_path, wandb):
-    """`vgrout train --track` ends with 0 and the same bytes, and resumed sends no step again."""
-    command = [sys.executable, "-m", "vgrout", "train", "--preset", "smoke", "--arm", "none", "--eval-rollouts", "8"]
+    """`vgrout train --track` ends with 0 and the same bytes as without."""
+    sizes = {"steps": 2, "prompts": 2, "group": 4, "max-new": 24, "eval-every": 1, "eval-small": 4, "eval-rollouts": 8}
+    command = [sys.executable, "-m", "vgrout", "train", "--preset", "smoke", "--arm", "none"]
+    command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     for name, more in {"plain": [], "tracked": ["--track", "wandb"]}.items():
         done = subprocess.run([*command, "--out", str(tmp_path / name), *more], capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     for name in ("steps.jsonl", "rollouts.jsonl", "verdicts.jsonl", "eval.json", "adapter.safetensors"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "tracked" / name).read_bytes(), name
-    steps = json.loads((tmp_path / "tracked" / "config.json").read_text())["steps"]
-    assert logged(wandb()) == list(range(steps + 1))
-    again = [sys.executable, "-m", "vgrout", "train", "--resume", str(tmp_path / "tracked"), "--track", "wandb"]
-    assert subprocess.run(again, capture_output=True).returncode == 0
-    assert logged(wandb()) == list(range(steps + 1))
+    assert logged(wandb()) == [0, 1, 2]
+    rows = [row["log"] for row in wandb() if "log" in row]
+    assert {"loss", "m_hack", "val/heldout_deploy/hack"} <= set(rows[0]) and "test/heldout_deploy/solve" in rows[2]
 
 
 def test_trackio(tmp_path, monkeypatch):
