@@ -25,6 +25,7 @@ from vgrout.types import RunFailed, UserError
 console = Console(soft_wrap=False)
 Settings = Annotated[Config, tyro.conf.arg(name="")]
 NoPair = tyro.conf.FlagCreatePairsOff[bool]
+Tracker = Literal["trackio", "wandb"]
 # Commands `vgrout lab NAME` that measure runs: from their records, and on their weights.
 READ = {
     "restore": "what comes back with the quarantine",
@@ -68,6 +69,8 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         config: Path | None = None,
         decision: Path | None = None,
         records: Path | None = None,
+        track: Tracker | None = None,
+        track_project: str = "vgrout",
     ) -> int:
         """The decision experiment: train every arm, evaluate every arm alike, show who hacks and who solves.
 
@@ -84,14 +87,18 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             config: Take the settings from this config.json.
             decision: Preregistered decision, which names preset, arms and seeds (docs/statistics.md).
             records: Folder for a compact record of each run, written as it ends; runs that have one are not made again.
+            track: Send numbers of each run to this tracker, by a process beside the runs; see `vgrout track`.
+            track_project: The tracker's project.
         """
         from vgrout.lab.decide import decide as work
         from vgrout.lab.prereg import read as read_decision
+        from vgrout.lab.track import beside
 
         written = None if decision is None else read_decision(decision)
         named = {"arms": arms, "seeds": seeds} if written is None else {"arms": written.arms, "seeds": written.seeds}
         kept = {"prereg": written, "records": records}
-        with listening():
+        goes_on = not force and os.path.isfile(out / "plan.json")
+        with listening(), beside(None if plan else track, out, track_project, goes_on=goes_on):
             return work(cfg, **named, out=out, workers=workers, force=force, plan=plan, console=console, **kept)
 
     def sweep(
@@ -150,6 +157,8 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         config: Path | None = None,
         resume: Path | None = None,
         allow_drift: bool = False,
+        track: Tracker | None = None,
+        track_project: str = "vgrout",
     ) -> int:
         """Train one arm and evaluate it, or go on with a run that was interrupted.
 
@@ -160,19 +169,45 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             config: Take the settings from this config.json.
             resume: Folder of an interrupted run, which has its settings.
             allow_drift: With --resume: go on although settings, code or data have changed.
+            track: Send the run's numbers to this tracker, by a process beside it; see `vgrout track`.
+            track_project: The tracker's project.
         """
         from vgrout.lab import run as work
+        from vgrout.lab.track import beside
 
         if (out is None) == (resume is None):
             raise UserError("give --out for a new run, or --resume for an interrupted one")
         if allow_drift and resume is None:
             raise UserError("--allow-drift goes with --resume")
-        with listening():
+        with listening(), beside(track, out or resume, track_project, goes_on=resume is not None):
             if resume is None:
                 work.run(cfg, out, force=force, console=console)
             else:
                 work.resume(resume, allow_drift=allow_drift, console=console)
         console.print(f"{(out or resume) / 'eval.json'}")
+        return 0
+
+    def track(
+        runs: tyro.conf.Positional[tuple[Path, ...]],
+        tracker: Tracker = "trackio",
+        project: str = "vgrout",
+        follow: NoPair = False,
+    ) -> int:
+        """Send what runs recorded to a tracker: numbers and settings, never a rollout's text; what went is not sent
+        again.
+
+        Args:
+            runs: Folders of runs or experiments, finished or not.
+            tracker: Where to: trackio (extra `track`), or wandb.
+            project: The tracker's project. Runs of an experiment are one group in it.
+            follow: Also send what comes, until the runs are finished.
+        """
+        from vgrout.lab.track import track as work
+
+        if not runs:
+            raise UserError("give folders of runs")
+        with listening():
+            work(runs, tracker, project, console, live=follow)
         return 0
 
     def evaluate(run: tyro.conf.Positional[Path], split: str = "test", rollouts: int | None = None) -> int:
@@ -800,6 +835,7 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         "sweep": sweep,
         "show": show,
         "train": train,
+        "track": track,
         "eval": evaluate,
         "export": export,
         "arms": arms,
@@ -892,7 +928,7 @@ def _refuse_settings(args: list[str]) -> None:
     """Raises UserError for a setting of a run that goes on: its folder has them all."""
     if args[:1] == ["train"] and _given(args, "--resume") is not None:
         flags = {arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
-        if other := sorted(flags - {"--resume", "--allow-drift", "--help"}):
+        if other := sorted(flags - {"--resume", "--allow-drift", "--track", "--track-project", "--help"}):
             raise UserError(f"--resume takes every setting from the run's folder: drop {', '.join(other)}")
 
 
