@@ -10,25 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from vgrout.adapters.base import Adapter
+from vgrout.engines.base import Engine, Sample, by_state
 from vgrout.faults import fitting
 from vgrout.types import Prompt, State
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sampled completion: token ids with the end token if it came, log-probabilities in nats, decoded text."""
-
-    tokens: tuple[int, ...]
-    logp: tuple[float, ...]
-    text: str
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
@@ -42,11 +32,8 @@ def encode_completion(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-class TorchEngine:
-    """Prompts -> samples."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter) -> None:
-        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+class TorchEngine(Engine):
+    """The default: the training model itself samples, on merged weights."""
 
     @torch.inference_mode()
     def generate(
@@ -54,15 +41,17 @@ class TorchEngine:
         prompts: Sequence[Sequence[int]],
         counts: Sequence[int],
         *,
-        state: State,
+        state: State | Sequence[State],
         max_new: int,
         temperature: float,
         uniforms: Float[Tensor, "N T"],
     ) -> list[Sample]:
-        """`counts[p]` samples of prompt p, in order; N = sum(counts), and uniforms[i] drives row i.
+        samples: list[Sample] = []
+        for live, asked, rows in by_state(state, counts):
+            samples += self._in_state(prompts[asked], counts[asked], live, max_new, temperature, uniforms[rows])
+        return samples
 
-        Raises OutOfMemory where not even one row fits.
-        """
+    def _in_state(self, prompts, counts, state, max_new, temperature, uniforms) -> list[Sample]:
         owner = [p for p, count in enumerate(counts) for _ in range(count)]  # the prompt of each row
         if not owner:
             return []
