@@ -24,6 +24,7 @@ CALLS = {
     "LLM.generate": "entrypoints/llm.py",
     "LLM.sleep": "entrypoints/llm.py",
     "LLM.wake_up": "entrypoints/llm.py",
+    "LLMEngine.add_lora": "v1/engine/llm_engine.py",
     "LLMEngine.remove_lora": "v1/engine/llm_engine.py",
     "RequestOutput.__init__": "outputs.py",
 }

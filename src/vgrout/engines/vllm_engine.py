@@ -95,6 +95,17 @@ class Server:
         finally:
             self._rest()
 
+    def load(self, lora: Any) -> None:
+        """Let vLLM read a LoRA. Raises UserError where it cannot, which depends on the model's architecture."""
+        if self.sleeps:
+            self.llm.wake_up()
+        try:
+            self.llm.llm_engine.add_lora(lora)
+        except Exception as error:  # noqa: BLE001 - vLLM raises whatever its parts raise
+            raise UserError(f"vLLM cannot give this model the adapter's LoRA: {first(error)}") from error
+        finally:
+            self._rest()
+
     def _rest(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=1)
@@ -171,7 +182,8 @@ class VLLMEngine(Engine):
                 raise UserError(f"{name} = {getattr(cfg, name)}: vLLM samples at {COLDEST} or above")
 
     def start(self) -> None:
-        served(self.settings)
+        server = served(self.settings)
+        server.load(server.lora(self.adapter, "full", self.settings))
 
     def facts(self) -> dict[str, Any]:
         return {"vllm": str(importlib.import_module("vllm").__version__)}

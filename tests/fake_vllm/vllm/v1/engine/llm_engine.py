@@ -41,6 +41,10 @@ class LLMEngine:
         self.batches: list[set[int]] = []  # ids of the LoRAs of each call
         self.removed: list[int] = []
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        self._lora(lora_request)
+        return True
+
     def remove_lora(self, lora_id: int) -> bool:
         self.removed.append(lora_id)
         return self.loaded.pop(lora_id, None) is not None
