@@ -16,14 +16,18 @@ from vgrout.adapters.base import BLOCKS, BlockLinear
 from vgrout.arms import ARMS, Arm, hooks
 from vgrout.arms.monitored import Monitored
 from vgrout.arms.monitors import MONITORS, Monitor
+from vgrout.engines import ENGINES, Engine, make_engine
+from vgrout.engines.base import states_of
+from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.problems import read_problems
 from vgrout.envs.task import load_task
 from vgrout.lab.measures.base import Measure, Shown
+from vgrout.lab.parity import logp_parity
 from vgrout.lab.runs import Run
 from vgrout.method.gate import POLICIES, GatePolicy, decide
 from vgrout.types import Decision
 from vgrout.verify import adapter_gates, toy
-from vgrout.verify.toy import TOY, toy_train
+from vgrout.verify.toy import TOY, Letters, toy_train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 
@@ -91,6 +95,24 @@ def test_gate_policy(monkeypatch):
     (decision,) = watcher.decisions
     t_lo, t_hi = decision.threshold
     assert t_lo == 0 < t_hi and decision.route.tolist() == (decision.score > t_hi).tolist()
+
+
+def test_engine(monkeypatch):
+    scope: dict = {"Engine": Engine, "states_of": states_of}
+    exec(block("class Server"), scope)
+
+    def ask(self, prompt, state, max_new, temperature, u):
+        how = {"max_new": max_new, "temperature": temperature, "uniforms": u[None]}
+        return TorchEngine(self.model, self.tokenizer, self.adapter).generate([prompt], [1], state=state, **how)[0]
+
+    scope["Server"].ask = ask
+    monkeypatch.setitem(ENGINES, "torch", scope["Server"])  # the names in Config are fixed
+    policy = toy.toy_policy(TOY)
+    toy.displace(policy.adapter)
+    engine = make_engine(TOY, policy.model, policy.tokenizer, policy.adapter)
+    assert type(engine) is scope["Server"]
+    found = logp_parity(TOY, policy, engine, [Letters().prompt("train-a", family="train", hinted=True, draw=0)], 4)
+    assert found.ok and found.told_apart, found.lines()
 
 
 def test_measure():

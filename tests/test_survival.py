@@ -238,7 +238,7 @@ def ring(*_, **__):
 
 PHASES = {  # where the signal arrives, at which call, steps kept
     "plan": (loop, "plan_step", 3, 3),
-    "generate": (loop.TorchEngine, "generate", 7, 3),
+    "generate": (TorchEngine, "generate", 3, 3),
     "grade": (TaskEnv, "grade", 3, 3),
     "route": (loop.ARMS["routeV"], "route", 3, 3),
     "backward": (loop, "backward", 3, 3),

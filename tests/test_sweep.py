@@ -118,9 +118,9 @@ def test_commands_for_another_scheduler(stub, capsys):
         assert Config.read(stub / f"{name}.json").arm == name.split("@")[0] and line[5].startswith("/")
 
 
-def test_folders_and_engines(stub, tmp_path):
-    with pytest.raises(UserError, match="unknown engine 'slurm'"):
-        run(stub, engine="slurm")
+def test_folders_and_pools(stub, tmp_path):
+    with pytest.raises(UserError, match="unknown pool 'slurm'"):
+        run(stub, pool="slurm")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UserError, match="is in use"):
@@ -161,7 +161,7 @@ def test_a_run_moves_when_its_machine_goes_away(tmp_path, cluster):
 
     threading.Thread(target=strike, daemon=True).start()
     console = Console(record=True, width=200, file=open("/dev/null", "w"))
-    assert sweep(small, ("none",), (0, 1), (), out, console, engine="ray", address=cluster.address) == 0
+    assert sweep(small, ("none",), (0, 1), (), out, console, pool="ray", address=cluster.address) == 0
     told = json.loads((out / RECORD).read_text())["runs"]
     assert told == {f"none-s{seed}": {"code": 0, "tries": 1} for seed in (0, 1)}  # a lost machine is no failure
     starts = sorted((out / f"none-s{seed}.log").read_text().count("sandbox") for seed in (0, 1))
@@ -174,5 +174,5 @@ def test_a_run_moves_when_its_machine_goes_away(tmp_path, cluster):
 def test_no_cluster_is_one_line(tmp_path):
     pytest.importorskip("ray", reason="the extra ray is not installed")
     with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:1") as error:
-        run(tmp_path / "sweep", engine="ray", address="127.0.0.1:1")
+        run(tmp_path / "sweep", pool="ray", address="127.0.0.1:1")
     assert "\n" not in str(error.value)

@@ -107,7 +107,7 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         arms: tuple[str, ...] = ("none", "routeV"),
         seeds: tuple[int, ...] = (0,),
         over: tuple[str, ...] = (),
-        engine: str = "local",
+        pool: str = "local",
         workers: int = 2,
         address: str = "auto",
         retries: int = 1,
@@ -124,7 +124,7 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             arms: Interventions and variants, see `vgrout arms --variants`; or a set of them.
             seeds: Training seeds.
             over: Settings to vary, each NAME=VALUE,VALUE: every combination is run.
-            engine: local, or ray.
+            pool: Where runs go: local, or ray.
             workers: Runs at the same time on this machine.
             address: Of the Ray cluster; auto: the one that this machine belongs to.
             retries: Further tries of a run that failed, unless its settings are at fault.
@@ -133,7 +133,7 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         """
         from vgrout.lab.sweep import sweep as work
 
-        how = {"engine": engine, "workers": workers, "address": address, "retries": retries, "only_print": only_print}
+        how = {"pool": pool, "workers": workers, "address": address, "retries": retries, "only_print": only_print}
         with listening():
             return work(cfg, arms, seeds, over, out, console, **how)
 

@@ -80,6 +80,16 @@ class Config:
     score_batch: int = 32
     """Most rollouts or pairs in any other pass that scores or differentiates them."""
 
+    engine: Literal["torch", "vllm"] = "torch"
+    """What samples rollouts: torch, the training model itself; or vllm (extra `vllm`, a GPU), see docs/engines.md."""
+    vllm_memory: float = 0.4
+    """vllm: share of the GPU's memory for its copy of the model and its key-value cache; the rest is for training."""
+    vllm_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """vllm: numbers of its copy of the model and of the LoRA. Its GPU kernels for LoRA take 16 bits alone; float32 is
+    for vLLM on a CPU."""
+    vllm_sleep: bool = False
+    """vllm: its memory is given back while training computes, and its weights wait in the CPU's memory."""
+
     lr: float = 2e-3
     """Peak learning rate of the optimizer."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -382,6 +392,7 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # fields, what
     ),
     ("steer_strength", lambda v: v != 0, "give a number that is not 0"),
     ("p_absorb p_route", lambda v: 0 < v < 1, "give a probability between 0 and 1"),
+    ("vllm_memory", lambda v: 0 < v <= 1, "give a share above 0, at most 1"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
 )
 

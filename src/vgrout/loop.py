@@ -28,7 +28,8 @@ from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Bench, Given
 from vgrout.arms.base import EMPTY, part
 from vgrout.config import Config, stream
-from vgrout.engines.torch_engine import TorchEngine, encode_completion, encode_prompt
+from vgrout.engines import Engine, make_engine
+from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.faults import fitting
 from vgrout.method.gate import uniform
 from vgrout.method.inputs import input_moments
@@ -94,7 +95,7 @@ def _cycle(items: Sequence, cfg: Config, step: int) -> list:
     return out
 
 
-def generate(cfg: Config, engine: TorchEngine, plan: Plan, step: int, *, ablates: bool) -> list[Rollout]:
+def generate(cfg: Config, engine: Engine, plan: Plan, step: int, *, ablates: bool) -> list[Rollout]:
     """Policy rollouts and demonstrations of a step, group by group."""
     share = cfg.deploy_gen_frac if ablates else 0.0
     uniforms = torch.rand(
@@ -109,24 +110,24 @@ def generate(cfg: Config, engine: TorchEngine, plan: Plan, step: int, *, ablates
             groups[k].append(_rollout(step, k, len(groups[k]), plan, ids, text, tokens, source="teacher"))
     own = [range(len(demos), cfg.group) for demos in plan.demos]  # slots of the policy
     cut = [round(share * len(slots)) for slots in own]
-    for state in ("deployed", "full"):
-        slots = [s[:n] if state == "deployed" else s[n:] for s, n in zip(own, cut, strict=True)]
-        u = torch.cat([uniforms[k, s.start : s.stop] for k, s in enumerate(slots)])
-        samples = iter(
-            engine.generate(
-                ids,
-                [len(s) for s in slots],
-                state=state,
-                max_new=cfg.max_new,
-                temperature=cfg.temperature,
-                uniforms=u,
-            )
+    # Both states in one call, which an engine may sample at once.
+    asked = [(state, k) for state in ("deployed", "full") for k in range(len(ids))]
+    slots = [own[k][: cut[k]] if state == "deployed" else own[k][cut[k] :] for state, k in asked]
+    samples = iter(
+        engine.generate(
+            [ids[k] for _, k in asked],
+            [len(s) for s in slots],
+            state=[state for state, _ in asked],
+            max_new=cfg.max_new,
+            temperature=cfg.temperature,
+            uniforms=torch.cat([uniforms[k, s.start : s.stop] for (_, k), s in zip(asked, slots, strict=True)]),
         )
-        for k, slot in enumerate(slots):
-            for _ in slot:
-                s = next(samples)
-                extra = {"state": state, "logp_old": s.logp}
-                groups[k].append(_rollout(step, k, len(groups[k]), plan, ids, s.text, s.tokens, **extra))
+    )
+    for (state, k), slot in zip(asked, slots, strict=True):
+        for _ in slot:
+            s = next(samples)
+            extra = {"state": state, "logp_old": s.logp}
+            groups[k].append(_rollout(step, k, len(groups[k]), plan, ids, s.text, s.tokens, **extra))
     return [r for g in groups for r in g]
 
 
@@ -285,7 +286,7 @@ class Training:
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
         self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, given))
-        self.engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter, cfg.sample_batch)
+        self.engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = make_optimizer(cfg, parameters)
         self.step = 0  # steps done

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -18,31 +17,26 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
+from vgrout.engines.base import Engine, Sample, by_state
 from vgrout.faults import fitting
-from vgrout.models.chat import encode_completion, encode_prompt, end_tokens
+from vgrout.models.chat import encode_completion, encode_prompt
 from vgrout.types import State
 
 __all__ = ["Sample", "TorchEngine", "encode_completion", "encode_prompt"]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A sampled completion: token ids with the end token if it came, log-probabilities in nats, decoded text."""
-
-    tokens: tuple[int, ...]
-    logp: tuple[float, ...]
-    text: str
-
-
-class TorchEngine:
-    """Prompts -> samples, at most `most` of them at once; 0: all."""
+class TorchEngine(Engine):
+    """The default: the training model itself samples, on merged weights; at most `most` rows at once, 0: all."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter, most: int = 0
     ) -> None:
-        self.model, self.tokenizer, self.adapter, self.most = model, tokenizer, adapter, most
-        self.body, self.head = model.base_model, model.get_output_embeddings()
-        self.ends = torch.tensor(end_tokens(model, tokenizer))
+        super().__init__(model, tokenizer, adapter)
+        self.most, self.body, self.head = most, model.base_model, model.get_output_embeddings()
+
+    @classmethod
+    def of(cls, cfg, model, tokenizer, adapter):
+        return cls(model, tokenizer, adapter, cfg.sample_batch)
 
     @torch.inference_mode()
     def generate(
@@ -50,15 +44,17 @@ class TorchEngine:
         prompts: Sequence[Sequence[int]],
         counts: Sequence[int],
         *,
-        state: State,
+        state: State | Sequence[State],
         max_new: int,
         temperature: float,
         uniforms: Float[Tensor, "N T"],
     ) -> list[Sample]:
-        """`counts[p]` samples of prompt p, in order; N = sum(counts), and uniforms[i] drives row i.
+        samples: list[Sample] = []
+        for live, asked, rows in by_state(state, counts):
+            samples += self._in_state(prompts[asked], counts[asked], live, max_new, temperature, uniforms[rows])
+        return samples
 
-        Raises OutOfMemory where not even one row fits.
-        """
+    def _in_state(self, prompts, counts, state, max_new, temperature, uniforms) -> list[Sample]:
         owner = [p for p, count in enumerate(counts) for _ in range(count)]  # the prompt of each row
         if not owner:
             return []
@@ -81,7 +77,7 @@ class TorchEngine:
 
     def _decode(self, prompts, counts, max_new, temperature, uniforms):
         pad, device = self.tokenizer.pad_token_id, self.model.device
-        ends, uniforms = self.ends.to(device), uniforms.to(device)
+        ends, uniforms = torch.tensor(self.ends, device=device), uniforms.to(device)
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

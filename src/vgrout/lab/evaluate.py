@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from vgrout.config import Config
-from vgrout.engines.torch_engine import TorchEngine, encode_prompt
+from vgrout.engines import make_engine
+from vgrout.engines.torch_engine import encode_prompt
 from vgrout.envs.grade import Verdict
 from vgrout.envs.problem_env import ProblemEnv
 from vgrout.envs.task import NoVerdict, TaskEnv
@@ -88,7 +89,7 @@ def sample_cell(
     prompts = [asked(env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0)) for id in ids]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
     uniforms = torch.rand((rollouts, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
-    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter, cfg.sample_batch)
+    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
     state: State = cell.state if ablates else "full"
     samples: list = []
     block = max(1, SIZE // each[0])

@@ -8,14 +8,7 @@ README.md                  the model card
 export.json                the same for programs: `live` above all, and the SHA-256 of every other file
 .vgrout                    says that vgrout made the folder
 
-A block's delta is a difference of products, B A - B0 A0 = [dB, B0] [A; dA] (adapters/lora2r.py), hence of rank 2R, and
-both blocks' is of rank 4R. Where the terms of such a sum cancel, factors in bfloat16 lose the delta. So they are
-refactored, in float64:
-
-    B = Q_b R_b,  A^T = Q_a R_a,  R_b R_a^T = U S V^T        QR, QR, SVD of a core [K, K]
-    B' = Q_b U S^1/2,  A' = S^1/2 V^T Q_a^T                  B' A' = B A, and nothing cancels
-
-An adapter that is as wide as its weights is no LoRA: it ships merged.
+The factors are those of adapters/peft.py. An adapter that is as wide as its weights is no LoRA: it ships merged.
 """
 
 from __future__ import annotations
@@ -30,15 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters import attach
-from vgrout.adapters.base import BLOCKS, Adapter, BlockLinear
+from vgrout.adapters.base import Adapter
+from vgrout.adapters.peft import blocks, lora, lora_config, lora_files, lora_rank, off, own_factors, target_modules
 from vgrout.arms import ARMS
 from vgrout.lab.checkpoint import replace_file, write
 from vgrout.lab.evaluate import CELLS, size_note
@@ -68,80 +59,6 @@ KNOWS = {  # what an arm of each access level was told
 
 
 # What ships.
-
-
-def blocks(live: State) -> tuple[str, ...]:
-    return BLOCKS if live == "full" else ("deployed",)
-
-
-@torch.no_grad()
-def own_factors(module: BlockLinear, live: State) -> tuple[Float[Tensor, "K i"], Float[Tensor, "o K"]]:
-    """(A, B) of a module's delta B A as the blocks have them, side by side, in float64."""
-    parts = [module.factors(which) for which in blocks(live)]
-    return torch.cat([a for a, _ in parts]).double(), torch.cat([b for _, b in parts], dim=1).double()
-
-
-def refactored(
-    a: Float[Tensor, "K i"], b: Float[Tensor, "o K"], rank: int
-) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Factors of the same product, whose rows and columns are orthogonal and share its singular values evenly; `rank`
-    of them, K at least, the last ones zero where the product has fewer."""
-    (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s.sqrt()
-    short = rank - len(s)
-    return (
-        torch.nn.functional.pad(root[:, None] * (vh @ qa.T), (0, 0, 0, short)),
-        torch.nn.functional.pad(qb @ u * root, (0, short)),
-    )
-
-
-def off(found: Float[Tensor, "o i"], delta: Float[Tensor, "o i"]) -> float:
-    """How far a delta is from what it should be, as a share of its Frobenius norm; 0 for one that is zero in both."""
-    gap = float((found - delta).norm())
-    return gap / float(delta.norm()) if gap else 0.0
-
-
-def lora_rank(adapter: Adapter, live: State) -> int:
-    """The rank of the LoRA that an adapter is. Raises UserError where it is as wide as the weights."""
-    modules = adapter.modules.values()
-    widths = [sum(len(module.factors(which)[0]) for which in blocks(live)) for module in modules]
-    if all(width >= min(module.base.weight.shape) for width, module in zip(widths, modules, strict=True)):
-        raise UserError("the adapter is as wide as the model's weights, which is no LoRA: export it with --merged")
-    return max(widths)
-
-
-def lora(adapter: Adapter, live: State, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, float]:
-    """(tensors by PEFT's names, their rank r, the largest error of a module's delta). Raises UserError for an adapter
-    that is no LoRA."""
-    rank, error = lora_rank(adapter, live), 0.0
-    tensors: dict[str, Tensor] = {}
-    for name, module in adapter.modules.items():
-        a, b = own_factors(module, live)
-        small = [part.to(dtype).contiguous() for part in refactored(a, b, rank)]
-        error = max(error, off(small[1].double() @ small[0].double(), b @ a))
-        for part, tensor in zip("AB", small, strict=True):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor
-    return tensors, rank, error
-
-
-def lora_config(base: str, rank: int, modules: list[str]) -> dict[str, Any]:
-    """What PEFT reads in adapter_config.json; every other field has its default."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "target_modules": modules,
-    }
 
 
 @torch.no_grad()
@@ -260,7 +177,7 @@ def export(
         "reads_oracle": run.reads_oracle,
         "base": {"model": cfg.model, "loads_from": base or str(home), "named": base or None, "copied": copies},
         "adapter": {"kind": cfg.adapter, "init": cfg.init, "rank_per_block": cfg.rank, "modules": len(adapter.modules)},
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.modules}),
+        "target_modules": target_modules(adapter),
         "results": run.cells,
         "weights_sha256": run.weights_sha256,
         "provenance": run.provenance,
@@ -268,17 +185,17 @@ def export(
     if merged:
         rank, error = None, merge(model, adapter, live, DTYPES[dtype])
     else:
-        tensors, rank, error = lora(adapter, live, DTYPES[dtype])
+        rank = lora_rank(adapter, live, "export it with --merged")
+        tensors, error = lora(adapter, live, rank, DTYPES[dtype])
     said |= {"rank": rank, "delta_error": float(f"{error:.3g}")}
     with placed(out, sources, force=force) as part:
         if merged:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
         else:
-            # With PEFT's one line of metadata: several would come in another order each time.
-            write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-            config = _config(said["base"]["loads_from"], rank, said["target_modules"])
-            replace_file(part / "adapter_config.json", config)
+            config = lora_config(said["base"]["loads_from"], rank, said["target_modules"])
+            for name, data in lora_files(tensors, config).items():
+                write(part / name, data)
         if copies:
             shutil.copytree(model_path(cfg.model), part / BASE)
         _write_words(part, said)

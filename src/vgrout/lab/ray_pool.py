@@ -67,7 +67,7 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise UserError("the engine ray needs Ray: pip install 'vgrout[ray]'") from None
+            raise UserError("the pool ray needs Ray: pip install 'vgrout[ray]'") from None
         self.ray = ray
         if not ray.is_initialized():
             try:

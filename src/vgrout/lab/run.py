@@ -21,7 +21,9 @@ from vgrout.adapters import check_kind
 from vgrout.arms import ARMS, Given
 from vgrout.arms.base import EMPTY
 from vgrout.arms.monitors import ActivationScore
+from vgrout.arms.steering import Steering
 from vgrout.config import Config
+from vgrout.engines import ENGINES, make_engine
 from vgrout.envs.micro_env import MicroEnv, check_modes
 from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_of, read_splits
 from vgrout.envs.sandbox import Sandbox
@@ -70,10 +72,19 @@ def check(cfg: Config, *, trains: bool = True) -> None:
     if cfg.score_loss == "grpo" and watches is not None and issubclass(watches, ActivationScore):
         raise UserError(f"{cfg.arm} scores activations, which no loss has a part in: drop --score-loss")
     check_pairs(cfg)
+    check_engine(cfg)
     model_path(cfg.model)
     check_device(cfg.device)
     if trains:
         check_given(cfg)
+
+
+def check_engine(cfg: Config) -> None:
+    """Raises UserError where the engine is not installed, or cannot sample as the settings or the arm ask."""
+    engine, arm = ENGINES[cfg.engine], ARMS[cfg.arm]
+    engine.check(cfg)
+    if issubclass(arm, Steering) and arm.phase == "sample" and not engine.runs_hooks:
+        raise UserError(f"{cfg.arm} edits activations while it samples, which the engine {cfg.engine} cannot: drop one")
 
 
 def check_pairs(cfg: Config) -> None:
@@ -149,6 +160,8 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
     check(cfg, trains=trains)
     torch.set_num_threads(cfg.threads)
     policy, weights = _policy(cfg)
+    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
+    engine.start()
     given, own = make_given(cfg, weights) if trains else (EMPTY, {})
     facts = {
         "vgrout": __version__,
@@ -158,6 +171,7 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
         "transformers": transformers.__version__,
         "model_sha256": weights,
         **chat_facts(policy.tokenizer),
+        **engine.facts(),
         **pairs_facts(cfg),
         **own,
     }

@@ -28,7 +28,7 @@ from vgrout.lab.tables import number_table, print_wide
 from vgrout.types import UserError
 
 RECORD = "sweep.json"
-ENGINES = ("local", "ray")
+POOLS = ("local", "ray")
 WRONG = 2  # exit code of a run whose settings are at fault: another try changes nothing
 NAMED = ("arm", "seed", "yoke")  # settings that the sweep itself decides
 
@@ -137,15 +137,15 @@ def sweep(
     out: Path,
     console: Console,
     *,
-    engine: str = "local",
+    pool: str = "local",
     workers: int = 2,
     address: str = "auto",
     retries: int = 1,
     only_print: bool = False,
 ) -> int:
     """Run the sweep, or what is left of it. Returns 0 when every run has finished, 1 otherwise. Raises UserError."""
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if pool not in POOLS:
+        raise UserError(f"unknown pool {pool!r}: choose one of {', '.join(POOLS)}")
     if workers < 1 or retries < 0:
         raise UserError("workers is a positive whole number, retries no negative one")
     jobs = sweep_jobs(base, arms, seeds, over, out.absolute())
@@ -163,14 +163,14 @@ def sweep(
             for line in commands(jobs, out):
                 print(line)
             return 0
-        told = tried(jobs, out, _pool(engine, workers, address), retries, console)
+        told = tried(jobs, out, _pool(pool, workers, address), retries, console)
         replace_file(out / RECORD, json.dumps({"runs": told}, indent=1) + "\n")
     print_wide(table(jobs, out, told), console)
     return 0 if all(_done(job, out) for job in jobs) else 1
 
 
-def _pool(engine: str, workers: int, address: str) -> Pool:
-    if engine == "local":
+def _pool(name: str, workers: int, address: str) -> Pool:
+    if name == "local":
         return Local(workers)
     from vgrout.lab.ray_pool import RayPool
 
