@@ -68,7 +68,7 @@ def test_the_method_holds_on_every_architecture(folders, kind, dtype):
     found = {f.name: f for f in findings(cfg, *load_model(cfg.model, dtype=dtype))}
     assert [f.said for f in found.values() if f.ok is False] == []
     passed = {name for name, f in found.items() if f.ok}
-    assert {"logits", "identity at init", "masks", "mixed batch", "c-probe", "generation"} <= passed
+    assert {"logits", "identity at init", "masks", "mixed batch", "c-probe", "sampling"} <= passed
     assert "gradient checkpointing" in passed
 
 

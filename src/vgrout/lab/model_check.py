@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vgrout.adapters import check_kind, targets
 from vgrout.adapters.base import BLOCKS
 from vgrout.config import Config
-from vgrout.engines.torch_engine import TorchEngine
+from vgrout.engines import make_engine
+from vgrout.lab.parity import logp_parity
 from vgrout.lab.tables import can_write
 from vgrout.loop import adapted
 from vgrout.method.policy import Policy, Rows, stack
@@ -99,7 +100,7 @@ def findings(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     yield masks(policy, rows)
     yield mixture(policy, rows, cfg.dtype)
     yield probe(policy, rows, cfg.dtype)
-    yield generation(policy, cfg.dtype)
+    yield generation(cfg, policy)
     yield recompute(policy, rows, cfg.dtype)
     yield from memory(cfg, policy)
 
@@ -281,22 +282,12 @@ def _keeps(seen: dict, name: str) -> Callable:
     return hook
 
 
-def generation(policy: Policy, dtype: str) -> Finding:
+def generation(cfg: Config, policy: Policy) -> Finding:
     """The sampler's log-probabilities against the trainer's, on what it sampled, in both block states."""
-    engine = TorchEngine(policy.model, policy.tokenizer, policy.adapter)
-    prompts, counts = [encode_prompt(policy.tokenizer, p) for p in PROMPTS], [2] * len(PROMPTS)
-    uniforms = torch.rand((sum(counts), NEW), generator=torch.Generator().manual_seed(0))
-    said, ok = [], True
-    for state in ("full", "deployed"):
-        samples = engine.generate(prompts, counts, state=state, max_new=NEW, temperature=1.0, uniforms=uniforms)
-        asked = [prompts[p] for p, n in enumerate(counts) for _ in range(n)]
-        rows = stack(asked, [s.tokens for s in samples], policy.tokenizer.pad_token_id)
-        with torch.no_grad(), policy.adapter.state(state):
-            trained = policy.logp(rows)[rows.completion.to(policy.device)].cpu()
-        gap = (trained - torch.tensor([x for s in samples for x in s.logp])).abs()
-        ok = ok and bool(gap.max() <= NATS[dtype])
-        said.append(f"{state} {float(gap.max()):.1e} at most, {float(gap.mean()):.1e} on average")
-    return Finding("generation", ok, f"nats between sampler and trainer on {len(asked)} samples: {'; '.join(said)}")
+    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
+    engine.start()
+    found = logp_parity(replace(cfg, max_new=NEW), policy, engine, PROMPTS, 2)
+    return Finding("sampling", found.ok, "; ".join(found.lines()))
 
 
 def recompute(policy: Policy, rows: Rows, dtype: str) -> Finding:

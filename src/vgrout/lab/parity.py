@@ -46,7 +46,7 @@ def bars(cfg: Config) -> Bars:
     """What an engine may be off by: nothing but rounding where the numbers are the trainer's own, and what 16 bits do
     (docs/engines.md) elsewhere."""
     if cfg.engine == "torch":
-        return SAME
+        return SAME if cfg.dtype == "float32" else HALF
     return ROUNDED if cfg.vllm_dtype == "float32" else HALF
 
 
