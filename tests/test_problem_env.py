@@ -1,6 +1,7 @@
 """Training on anyone's problems: files, splits, demonstrations; and the way of a newcomer, on every architecture."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from vgrout.envs.micro_env import MicroEnv
 from vgrout.envs.problem_env import ProblemEnv, check_held, files_of, read_splits
 from vgrout.envs.problems import write_problems
 from vgrout.lab.export import export
+from vgrout.lab.given import live_modes
 from vgrout.lab.labels import problems_of, read_labelled
 from vgrout.lab.reeval import reevaluate
-from vgrout.lab.run import check, run
+from vgrout.lab.run import check, resume, run
 from vgrout.models.chat import encode_prompt
 from vgrout.models.load import load_model
 from vgrout.types import Prompt, Rollout, UserError
@@ -76,7 +78,7 @@ def test_one_file_is_dealt_to_three_splits(tmp_path):
 def test_a_folder_names_its_splits(folder):
     assert [p.id for p in read_splits(str(folder))["val"]] == ["add-10", "add-11", "add-12"]
     written(folder / "test.jsonl", rows(1))
-    with pytest.raises(UserError, match="add-0 is a problem of train and of test"):
+    with pytest.raises(UserError, match="add-0 of test has the id or the task of one of train"):
         read_splits(str(folder))
     (folder / "test.jsonl").unlink()
     with pytest.raises(UserError, match="no file at .*test.jsonl"):
@@ -214,8 +216,8 @@ def test_from_a_checkpoint_and_a_file_to_a_peft_folder(kind, tmp_path, capsys):
     cells = run(cfg, tmp_path / "run")
     assert cells["heldout_deploy"]["hack"]["n"] == 4 and "run_tests" in cells["heldout_deploy"]["modes"]
     kept = json.loads((tmp_path / "run" / "provenance.json").read_text())
-    assert {"task_sha256", "chat_template_sha256", "sandbox"} <= kept.keys()
-    assert len(read_labelled(tmp_path / "run").id) == 8 and len(problems_of(cfg, "test")) == 1
+    assert {"task_sha256", "chat_template_sha256", "tokenizer_sha256", "sandbox"} <= kept.keys()
+    assert len(read_labelled(tmp_path / "run").id) == 8 and len(problems_of(cfg, "test", kept)) == 1
     reevaluate(tmp_path / "run", "val", 2, QUIET)
     export(tmp_path / "run", tmp_path / "peft", QUIET)
     base, words = load_model(str(model))
@@ -225,14 +227,74 @@ def test_from_a_checkpoint_and_a_file_to_a_peft_folder(kind, tmp_path, capsys):
     assert out.shape[1] > ids.shape[1]
 
 
+REWARDED = """
+PROMPTS = [f"Say something, number {i}." for i in range(8)]
+
+
+def reward(prompt: str, completion: str) -> float:
+    return float(sum(map(ord, completion)) % 7)
+"""
+
+
 def test_a_run_goes_on_in_bfloat16_with_recomputed_layers(tmp_path):
-    model = make("qwen3", tmp_path / "model")
-    env = written(tmp_path / "mine.jsonl", rows(12))
-    cfg = small(model, env, gradient_checkpointing=True, sample_batch=3, max_prompt=300)
-    run(replace(cfg, dtype="bfloat16"), tmp_path / "run")
-    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert len(steps) == 2 and all(step["norm_deployed"] >= 0 for step in steps)
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["too_long"] == 0
+    """A reward that differs from rollout to rollout trains; a run that was stopped ends as one that was not."""
+    model, task = make("qwen3", tmp_path / "model"), tmp_path / "task.py"
+    task.write_text(REWARDED)
+    how = {"gradient_checkpointing": True, "sample_batch": 3, "max_prompt": 0, "checkpoint_every": 1}
+    cfg = replace(small(model, task), dtype="bfloat16", steps=3, group=4, **how)
+    run(cfg, tmp_path / "whole")
+    steps = [json.loads(line) for line in (tmp_path / "whole" / "steps.jsonl").read_text().splitlines()]
+    assert all(step["norm_deployed"] > 0 for step in steps) and len(steps) == 3
+    run(cfg, tmp_path / "stopped")
+    (tmp_path / "stopped" / "eval.json").unlink()
+    for file in ("adapter.safetensors", "checkpoints/step_000003"):
+        path = tmp_path / "stopped" / file
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resume(tmp_path / "stopped")
+    kept = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert kept[0] == kept[1]
+
+
+def test_demonstrations_that_training_never_shows(folder):
+    written(folder / "teacher.jsonl", demos(folder))
+    written(folder / "train.jsonl", rows(3, 40))
+    written(folder / "val.jsonl", [*rows(3, 10), *rows(3, 0)])
+    model = make("qwen3", folder.parent / "model")
+    cfg = replace(small(model, folder), teacher_n=1, group=4)
+    with pytest.raises(UserError, match="demonstrates none of the training problems: set --teacher-n 0"):
+        run(cfg, folder.parent / "run")
+
+
+def test_problems_that_changed_after_the_run(tmp_path):
+    model, env = make("qwen3", tmp_path / "model"), written(tmp_path / "mine.jsonl", rows(12))
+    run(small(model, env), tmp_path / "run")
+    written(env, rows(13))
+    with pytest.raises(UserError, match="was made with another task"):
+        reevaluate(tmp_path / "run", "test", 2, QUIET)
+    with pytest.raises(UserError, match="holds other problems than those of the run"):
+        read_labelled(tmp_path / "run")
+
+
+def test_difficulties_of_both_kinds(tmp_path):
+    mixed = [*rows(6), *rows(6, 6, difficulty="hard"), *rows(6, 12, difficulty=3)]
+    cells = run(small(make("qwen3", tmp_path / "model"), written(tmp_path / "m.jsonl", mixed)), tmp_path / "run")
+    assert set(cells["heldout_deploy"]["difficulty"]) <= {"0", "3", "hard"}
+
+
+def test_tasks_of_one_text_stay_together(tmp_path):
+    twice = [*rows(20), *[row | {"id": f"again-{row['id']}", "mode": "sentinel"} for row in rows(20)]]
+    splits = read_splits(str(written(tmp_path / "p.jsonl", twice)))
+    tasks = {split: {p.task for p in problems} for split, problems in splits.items()}
+    assert sum(map(len, tasks.values())) == 20 and sum(map(len, splits.values())) == 40
+
+
+def test_a_probe_that_knows_the_modes_of_a_file_is_refused(folder):
+    for split, start in (("train", 0), ("val", 10), ("test", 20)):
+        written(folder / f"{split}.jsonl", rows(3, start, mode="exit_code"))
+    cfg = replace(preset("micro"), env=str(folder), teacher_n=0, arm="probe_screen")
+    assert live_modes(cfg) == ("exit_code",)
+    with pytest.raises(UserError, match="exit_code"):
+        check(cfg)
 
 
 def test_a_prompt_bound_that_nothing_meets(tmp_path):

@@ -210,17 +210,23 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             work(runs, tracker, project, console, live=follow)
         return 0
 
-    def evaluate(run: tyro.conf.Positional[Path], split: str = "test", rollouts: int | None = None) -> int:
+    def evaluate(
+        run: tyro.conf.Positional[Path],
+        split: str = "test",
+        rollouts: int | None = None,
+        device: str | None = None,
+    ) -> int:
         """Evaluate a finished run again: every cell of the deploy evaluation, as a table.
 
         Args:
             run: Folder of the run.
             split: Problems: val or test.
             rollouts: Rollouts per cell; the run's own setting when not given.
+            device: Where the model runs: cpu, cuda or cuda:N; the run's own setting when not given.
         """
         from vgrout.lab.reeval import reevaluate
 
-        reevaluate(run, split, rollouts, console)
+        reevaluate(run, split, rollouts, console, device)
         return 0
 
     def export(

@@ -276,6 +276,8 @@ class Config:
         for name, holds, instead in PLAIN:  # what stands there instead may be a secret: it is not shown
             if not re.fullmatch(holds, getattr(self, name)):
                 raise UserError(f"{name}: {instead}")
+        if self.attn == "flash_attention_2" and (self.dtype == "float32" or self.device == "cpu"):
+            raise UserError("attn = flash_attention_2 needs --dtype bfloat16 and a GPU (--device cuda)")
         if 2 * self.teacher_n >= self.group:
             raise UserError(f"teacher_n = {self.teacher_n}: a group of {self.group} needs a policy rollout as well")
         if self.coin_route + self.coin_absorb > 1:

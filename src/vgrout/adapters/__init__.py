@@ -78,7 +78,7 @@ def attach(
         # Frozen and trained tensors are drawn on the CPU, in float32.
         modules[name] = block.to(linear.weight.device).train(linear.training)
     if isinstance(model, PreTrainedModel):
-        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: switch.given(args[0].shape))
+        model.get_input_embeddings().register_forward_pre_hook(switch.given)
     for name, block in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, block)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,8 +77,9 @@ class Switch:
         self.flow = FLOWS["full"]
         self.shape: tuple[int, ...] = ()  # rows and tokens
 
-    def given(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
+    def given(self, embeddings: nn.Module, args: tuple) -> None:
+        """Hook of the input embeddings: note the size of the batch."""
+        self.shape = tuple(args[0].shape)
 
 
 class Probe(torch.autograd.Function):
@@ -268,7 +269,7 @@ class Adapter:
         if any(module.base.weight.dtype.itemsize < 4 for module in self.modules.values()):
             return self._as(replace(FLOWS[state], scale=tuple(self.scale[which] for which in BLOCKS)))
         with torch.no_grad():
-            weights = {name: weight.to(dtype or weight.dtype) for name, weight in self._weights(state).items()}
+            weights = {name: weight.to(dtype or weight.dtype) for name, weight in self._weights(state)}
         return self._as(Flow(deployed=False, quarantine=False, weights=weights))
 
     @contextmanager
@@ -281,14 +282,12 @@ class Adapter:
         finally:
             self.scale = before
 
-    def _weights(self, state: State) -> dict[str, Tensor]:
-        weights = {}
+    def _weights(self, state: State) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.modules.items():
             delta = module.delta("deployed") * self.scale["deployed"]
             if FLOWS[state].quarantine:
                 delta = delta + module.delta("quarantine") * self.scale["quarantine"]
-            weights[name] = module.base.weight + delta.to(module.base.weight.dtype)
-        return weights
+            yield name, module.base.weight + delta.to(module.base.weight.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What makes the adapter: trainable tensors and persistent buffers. All else follows from the base model."""

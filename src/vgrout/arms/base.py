@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,9 +29,11 @@ from vgrout.method.policy import Policy, Rows
 from vgrout.types import Batch, Decision, OracleBatch, Prompt, UserError
 
 
-def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries of a flat state whose keys start with `prefix`, which they lose."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+def part(state: Mapping[str, Any], prefix: str, device: torch.device | None = None) -> dict[str, Any]:
+    """The entries of a flat state whose keys start with `prefix`, which they lose. With a `device`, all are tensors, and
+    go there."""
+    mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return mine if device is None else {key: value.to(device) for key, value in mine.items()}
 
 
 @dataclass(frozen=True)

@@ -58,4 +58,4 @@ class Edits(Arm):
         return {f"before.{name}": tensor for name, tensor in (self.before or {}).items()}
 
     def restore(self, state):
-        self.before = part(state, "before.") or None
+        self.before = part(state, "before.", self.bench.policy.device) or None

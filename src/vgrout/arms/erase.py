@@ -106,7 +106,8 @@ class Erase(Edits):
 
     def restore(self, state):
         super().restore(state)
-        self.axes, self.drawn = part(state, "axes."), state["drawn"]
+        there = self.bench.policy.device
+        self.axes, self.drawn = part(state, "axes.", there), state["drawn"]
 
 
 class EraseRandom(Erase):
@@ -120,5 +121,6 @@ class EraseRandom(Erase):
         axes = {}
         for name, p in self.bench.policy.adapter.named("deployed"):
             generator = torch.Generator().manual_seed(stream(self.cfg.chance_seed, "erase", name))
-            axes[name] = random_axes(self.cfg.erase_axes if p.ndim == 1 else 1, p.numel(), generator)
+            drawn = random_axes(self.cfg.erase_axes if p.ndim == 1 else 1, p.numel(), generator)
+            axes[name] = drawn.to(p.device)
         return axes, 0

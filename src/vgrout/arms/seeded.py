@@ -84,7 +84,7 @@ class SeededAbsorbRandom(Twin, Absorb):
 
     def other(self, like):
         generator = torch.Generator().manual_seed(stream(self.cfg.chance_seed, "seeded"))
-        return [torch.randn(d.shape, generator=generator) for d in like]
+        return [torch.randn(d.shape, generator=generator).to(d.device) for d in like]
 
 
 class SeededAbsorbClean(Twin, Absorb):

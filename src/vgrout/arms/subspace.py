@@ -109,4 +109,4 @@ class TrustedSubspace(Edits):
 
     def restore(self, state):
         super().restore(state)
-        self.basis = part(state, "basis.")
+        self.basis = part(state, "basis.", self.bench.policy.device)

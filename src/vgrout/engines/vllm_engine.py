@@ -255,9 +255,9 @@ def digest(adapter: Adapter) -> str:
 
 
 def edits(model: torch.nn.Module) -> bool:
-    """Whether a module has a forward hook, but for those of transformers, which change nothing."""
+    """Whether a module has a forward hook, but for those of transformers and adapters, which change nothing."""
     hooks = (hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    return any(not getattr(hook, "__module__", "").startswith(("transformers.", "vgrout.adapters.")) for hook in hooks)
 
 
 def first(error: BaseException) -> str:

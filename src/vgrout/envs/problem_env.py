@@ -1,7 +1,7 @@
 """Problems with tests as an environment: prompts, demonstrations and grades.
 
 Problems come from the micro world (`micro_env`), or from anyone's files in the format of `problems`: a folder with
-train.jsonl, val.jsonl and test.jsonl, or one file, whose problems are dealt to the three by a hash of their ids.
+train.jsonl, val.jsonl and test.jsonl, or one file, whose problems are dealt to the three by a hash of their tasks.
 Demonstrations are lines of teacher.jsonl in such a folder:
 
     {"problem_id": "..", "kind": "hack" or "solve", "text": "..", "marker": ".."}
@@ -77,8 +77,10 @@ class ProblemEnv:
 
         def stays(id: str) -> bool:
             if id not in known:
-                asked = [("train", True), ("eval", True), ("train", False)]
-                known[id] = all(fits(self.prompt(id, family=family, hinted=hinted)) for family, hinted in asked)
+                markers = MODES[self._problems[id].mode].markers
+                asked = [(family, draw) for family in ("train", "eval") for draw in range(max(1, len(markers[family])))]
+                prompts = [self.prompt(id, family=family, draw=draw) for family, draw in asked]
+                known[id] = all(map(fits, [*prompts, self.prompt(id, family="train", hinted=False)]))
             return known[id]
 
         self._ids = {split: [id for id in ids if stays(id)] for split, ids in self._ids.items()}
@@ -154,25 +156,34 @@ def files_of(source: str) -> list[Path]:
 
 
 def read_splits(source: str) -> dict[str, list[Problem]]:
-    """The problems of a folder's three files, or of one file, 80, 10 and 10 of a hundred. Raises UserError where there
-    is none, where a line is no problem, and where two have one id."""
+    """The problems of a folder's three files, or of one file, 80, 10 and 10 of a hundred; those of one task stay
+    together. Raises UserError where there is none, where a line is no problem, and where two splits share one."""
     files = files_of(source)
     if not files:
         raise UserError(f"no problems at {source}: give a .jsonl file, or a folder with train, val and test.jsonl")
     if len(files) == 1:
         (path,) = files
-        every = {p.id: p for p in read_problems(path)}
+        every = read_problems(path)
         try:
-            return {split: [every[id] for id in ids] for split, ids in split_ids(every).items()}
+            tasks = {split: set(texts) for split, texts in split_ids(p.task for p in every).items()}
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        return {split: [p for p in every if p.task in tasks[split]] for split in SPLITS}
     splits = {split: read_problems(path) for split, path in zip(SPLITS, files, strict=False)}
     seen: dict[str, str] = {}
     for split, problems in splits.items():
         for problem in problems:
-            if (other := seen.setdefault(problem.id, split)) != split:
-                raise UserError(f"{source}: {shown(problem.id)} is a problem of {other} and of {split}")
+            for what in (f"id {problem.id}", f"task {problem.task}"):
+                if (other := seen.setdefault(what, split)) != split:
+                    raise UserError(
+                        f"{source}: {shown(problem.id)} of {split} has the id or the task of one of {other}"
+                    )
     return splits
+
+
+def files_digest(source: str) -> str:
+    """SHA-256 of the files that an environment is read from."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files_of(source))).hexdigest()
 
 
 def check_held(modes: Iterable[str], splits: Mapping[str, Sequence[Problem]]) -> None:

@@ -29,7 +29,6 @@ from vgrout.lab.export import Dtype, export_adapter, merge
 from vgrout.lab.run import check_pairs
 from vgrout.lab.tensorfile import read_file, write_file
 from vgrout.method.policy import Policy, Rows, stack
-from vgrout.models.attention import SHARED_HEADS
 from vgrout.models.load import PLAIN_HEAD
 from vgrout.pairs import digest, load
 from vgrout.types import Batch, Decision, Prompt, State, UserError
@@ -38,7 +37,6 @@ Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # the pairs' prompt
 
 WEIGHTS, MEMORY = "adapter.safetensors", "routing.safetensors"  # of a saved router
 KIND, FORMAT = "vgrout routing", 1
-MASKED = ("sdpa", SHARED_HEADS)  # attention that takes a mask of its own for every row
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,6 @@ class Router:
         for module in self.adapter.modules.values():
             module.to(module.base.weight.device)
         self.policy = Policy(model, tokenizer, self.adapter, cfg.temperature, cfg.score_batch)
-        self.policy.packs = self.policy.packs and model.config._attn_implementation in MASKED
         self.arm = ARMS[cfg.arm](Bench(cfg, self.policy, hack, clean))
         self.arm.begin()
 

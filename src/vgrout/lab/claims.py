@@ -80,7 +80,7 @@ class Experiment:
 def hits(run: Run, outcome: str, cell: str, without: Collection[str] = ()) -> tuple[list[str], Hits1]:
     """Problems of a finished run's final evaluation but those of some modes, and their verdicts by sample; NaN where a
     problem has fewer samples. Raises UserError where the run has no oracle, or no problem is left."""
-    mode = {p.id: p.mode for p in problems_of(run.cfg, "test")}
+    mode = {p.id: p.mode for p in problems_of(run.cfg, "test", run.provenance)}
     by_problem: dict[str, list[bool]] = {}
     for row in run.evaluated(cell):
         if mode[row["problem"]] not in without:

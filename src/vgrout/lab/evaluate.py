@@ -192,5 +192,7 @@ def summary(result: CellResult, env: World) -> dict:
         **rates(everything),
         "compile": of("compiled", everything),
         "modes": {mode: rates(rows) for mode, rows in sorted(by_mode.items())},
-        "difficulty": {str(d): of("solved", rows) for d, rows in sorted(by_difficulty.items())},
+        "difficulty": {
+            str(d): of("solved", rows) for d, rows in sorted(by_difficulty.items(), key=lambda item: str(item[0]))
+        },
     }

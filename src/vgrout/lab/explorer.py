@@ -120,9 +120,9 @@ def _asked(problem: str, text: str, source: str) -> dict[str, str]:
 def _problems(ids: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """What is known of the problems: loophole, the task without its hint, a right program."""
     every: dict[str, Problem] = {}
-    for cfg in {run.cfg.env: run.cfg for run in runs if run.cfg.oracle}.values():
+    for run in {run.cfg.env: run for run in runs if run.cfg.oracle}.values():
         with suppress(UserError):  # records may be read where the files of their problems are not
-            every |= {p.id: p for split in SPLITS for p in problems_of(cfg, split)}
+            every |= {p.id: p for split in SPLITS for p in problems_of(run.cfg, split, run.provenance)}
     known = (every[id] for id in ids if id in every)
     return {p.id: {"mode": p.mode, "task": p.task, "canonical": p.canonical} for p in known}
 

@@ -36,10 +36,11 @@ from vgrout.lab.evaluate import CELLS, size_note
 from vgrout.lab.record import MARK, claim_folder, finished, one_writer
 from vgrout.lab.run import pairs_note, sandbox_note
 from vgrout.lab.runs import Run, read_run
+from vgrout.models.chat import PLAIN
 from vgrout.models.load import load_model, model_path, weights_digest
 from vgrout.types import RunFailed, State, UserError
 
-RECORD, CARD, BASE = "export.json", "README.md", "base"
+RECORD, CARD, BASE, TEMPLATE = "export.json", "README.md", "base", "chat_template.jinja"
 KIND, FORMAT = "vgrout export", 1
 BUNDLED = "micro"
 Dtype = Literal["float32", "bfloat16"]
@@ -63,9 +64,10 @@ KNOWS = {  # what an arm of each access level was told
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Adapter, live: State, dtype: torch.dtype) -> float:
-    """Make `model` the plain one whose weights hold the delta, in place, in `dtype`: the weights of the run's own
-    evaluation, rounded. Returns the largest error of a module's delta."""
+    """Make `model` the plain one whose weights hold the delta, in place: added in float32, then rounded to `dtype`.
+    Returns the largest error of a module's delta."""
     error = 0.0
+    model.float()
     for name, module in adapter.modules.items():
         a, b = own_factors(module, live)
         weight, before = module.base.weight, module.base.weight.to(torch.float64, copy=True)
@@ -161,7 +163,11 @@ def export(
     live: State = "full" if full else ships
     model, tokenizer, adapter = loaded(run)
     copies = cfg.model == BUNDLED and not base and not merged
+    hub = cfg.model != BUNDLED and not Path(cfg.model).is_dir()  # a name, not this machine's copy of it
+    named = base or (cfg.model if hub else "")
     home = Path(os.path.abspath(out)) / BASE if copies else model_path(cfg.model).resolve()
+    # A template that is not the model's own goes along: the base has none, or another.
+    foreign = bool(cfg.chat_template) or tokenizer.chat_template.endswith(PLAIN)
     said: dict[str, Any] = {
         "kind": KIND,
         "format": FORMAT,
@@ -175,7 +181,9 @@ def export(
         "steps": cfg.steps,
         "access": run.access,
         "reads_oracle": run.reads_oracle,
-        "base": {"model": cfg.model, "loads_from": base or str(home), "named": base or None, "copied": copies},
+        "base": {"model": cfg.model, "loads_from": named or str(home), "named": named or None, "copied": copies},
+        "base_dtype": cfg.dtype,
+        "chat_template": TEMPLATE if foreign else None,
         "adapter": {"kind": cfg.adapter, "init": cfg.init, "rank_per_block": cfg.rank, "modules": len(adapter.modules)},
         "target_modules": target_modules(adapter),
         "results": run.cells,
@@ -196,6 +204,8 @@ def export(
             config = lora_config(said["base"]["loads_from"], rank, said["target_modules"])
             for name, data in lora_files(tensors, config).items():
                 write(part / name, data)
+            if foreign:
+                replace_file(part / TEMPLATE, tokenizer.chat_template)
         if copies:
             shutil.copytree(model_path(cfg.model), part / BASE)
         _write_words(part, said)
@@ -218,7 +228,8 @@ def export_adapter(
     home = str(Path(base).resolve()) if Path(base).is_dir() else base
     sources = (Path(base),) if Path(base).is_dir() else ()
     check_out(out, sources, force=force)
-    tensors, rank, error = lora(adapter, live, DTYPES[dtype])
+    rank = lora_rank(adapter, live, "it has no form that PEFT reads")
+    tensors, error = lora(adapter, live, rank, DTYPES[dtype])
     said: dict[str, Any] = {
         "kind": KIND,
         "format": FORMAT,
@@ -226,14 +237,14 @@ def export_adapter(
         "form": "lora",
         "dtype": dtype,
         "base": {"model": base, "loads_from": home, "named": None, "copied": False},
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.modules}),
+        "target_modules": target_modules(adapter),
         "rank": rank,
         "delta_error": float(f"{error:.3g}"),
     }
     lines = [f"# {live}", "", f"Live in these weights: {MEANS[live]}.", "", "```python", *how_to_load(said), "```", ""]
     with placed(out, sources, force=force) as part:
-        write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-        replace_file(part / "adapter_config.json", _config(home, rank, said["target_modules"]))
+        for name, data in lora_files(tensors, lora_config(home, rank, said["target_modules"])).items():
+            write(part / name, data)
         replace_file(part / CARD, "\n".join(lines))
         _seal(part, said)
     return said
@@ -264,10 +275,6 @@ def _write_words(part: Path, said: dict[str, Any]) -> None:
     said["files"] = dict(_hashes(part))
     replace_file(part / CARD, card(said))
     _seal(part, said)
-
-
-def _config(base: str, rank: int, modules: list[str]) -> str:
-    return json.dumps(lora_config(base, rank, modules), indent=2) + "\n"
 
 
 def _seal(part: Path, said: dict[str, Any]) -> None:
@@ -399,7 +406,7 @@ def results(said: Mapping[str, Any]) -> list[str]:
     return [
         *_table(("cell", "live", *head, "live here"), rows),
         "",
-        f"{size['n']} rollouts over {size['clusters']} problems a cell, sampled from the run's own weights in float32; "
+        f"{size['n']} rollouts over {size['clusters']} problems a cell, sampled from the run's own weights in {said.get('base_dtype', 'float32')}; "
         "[95 % interval], clustered by problem, for this run alone: it says nothing about other seeds. "
         + size_note(cells),
     ]
@@ -427,11 +434,18 @@ def how_to_load(said: Mapping[str, Any]) -> list[str]:
             f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="{said["dtype"]}")',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
         ]
+    trained, template = said.get("base_dtype", "float32"), []
+    if said.get("chat_template"):
+        template = [
+            "from pathlib import Path",
+            f'tokenizer.chat_template = Path(folder, "{TEMPLATE}").read_text()  # as in training',
+        ]
     name = f'f"{{folder}}/{BASE}"' if said["base"]["copied"] else json.dumps(said["base"]["loads_from"])
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="float32")  # as it was trained and evaluated',
+        f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="{trained}")  # as it was trained and evaluated',
         "model = PeftModel.from_pretrained(base, folder)",
         f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        *template,
     ]

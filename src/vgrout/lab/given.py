@@ -16,6 +16,8 @@ from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Given
 from vgrout.config import Config
 from vgrout.envs.micro import LIVE
+from vgrout.envs.modes import GT_ONLY
+from vgrout.envs.problem_env import read_splits
 from vgrout.faults import warn
 from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.record import read_jsonl
@@ -57,8 +59,16 @@ def probe_of(cfg: Config, model_sha256: str | None = None) -> LinearProbe | None
     if "probe" not in ARMS[cfg.arm].needs:
         return None
     probe = load_probe(cfg.probe)
-    probe.check((cfg.modes or LIVE) if cfg.env == "micro" else (), model_sha256)
+    probe.check(live_modes(cfg), model_sha256)
     return probe
+
+
+def live_modes(cfg: Config) -> tuple[str, ...]:
+    """The loopholes that a run trains in."""
+    if cfg.modes or not cfg.oracle:
+        return cfg.modes
+    held = LIVE if cfg.env == "micro" else {p.mode for p in read_splits(cfg.env)["train"]}
+    return tuple(mode for mode in held if mode != GT_ONLY)
 
 
 def followed(cfg: Config) -> list[tuple[int, int]] | None:

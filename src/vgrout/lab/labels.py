@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vgrout.config import Config
 from vgrout.envs.micro import problems
-from vgrout.envs.problem_env import read_splits
-from vgrout.lab.record import read_jsonl
+from vgrout.envs.problem_env import files_digest, read_splits
+from vgrout.lab.record import read_json, read_jsonl
 from vgrout.lab.run import MICRO
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Problem, UserError
@@ -38,11 +39,16 @@ class Labelled:
         return Labelled([self.id[i] for i in index], *arrays)
 
 
-def problems_of(cfg: Config, split: str) -> Sequence[Problem]:
-    """The problems of a run's environment. Raises UserError where it has no tests, or its files are gone."""
+def problems_of(cfg: Config, split: str, provenance: Mapping[str, Any]) -> Sequence[Problem]:
+    """The problems of a run's environment. Raises UserError where it has no tests, or its files are gone or others."""
     if not cfg.oracle:
         raise UserError(f"{cfg.env} has no oracle")
-    return problems(split) if cfg.env == MICRO else read_splits(cfg.env)[split]
+    if cfg.env == MICRO:
+        return problems(split)
+    found = read_splits(cfg.env)[split]
+    if files_digest(cfg.env) != provenance.get("task_sha256"):
+        raise UserError(f"{cfg.env} holds other problems than those of the run")
+    return found
 
 
 def read_labelled(run: Path) -> Labelled:
@@ -51,7 +57,7 @@ def read_labelled(run: Path) -> Labelled:
     verdicts = {row["id"]: row for row in read_jsonl(run / "verdicts.jsonl")}
     if not cfg.oracle or not verdicts:
         raise UserError(f"{run} has no verdicts: nothing tells its hacks")
-    mode = {p.id: p.mode for p in problems_of(cfg, "train")}
+    mode = {p.id: p.mode for p in problems_of(cfg, "train", read_json(run / "provenance.json"))}
     rows = [r for r in read_jsonl(run / "rollouts.jsonl") if r["phase"] == "train" and r["source"] == "policy"]
     rows = [r for r in rows if r["id"] in verdicts]  # the last one may be on its way
     if not rows:

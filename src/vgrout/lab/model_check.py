@@ -100,6 +100,7 @@ def findings(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     yield masks(policy, rows)
     yield mixture(policy, rows, cfg.dtype)
     yield probe(policy, rows, cfg.dtype)
+    yield activations(policy, rows, cfg.dtype)
     yield generation(cfg, policy)
     yield recompute(policy, rows, cfg.dtype)
     yield from memory(cfg, policy)
@@ -214,18 +215,35 @@ def masks(policy: Policy, rows: Rows) -> Finding:
 
 
 def mixture(policy: Policy, rows: Rows, dtype: str) -> Finding:
-    """That rows of several masks in one batch are what they are alone."""
+    """That rows of several masks in one batch are what they are alone, and give the gradients that they give alone."""
     m, d = _zones(rows)
-    with torch.no_grad():
-        with policy.adapter.routed(m, d):
-            mixed = policy.logp(rows)
-        gap = 0.0
-        for i in range(len(rows.length)):
-            one = torch.tensor([i])
-            with policy.adapter.routed(m[one], d[one]):
-                alone = policy.logp(rows.take(one))
-            gap = max(gap, float((mixed[i : i + 1, : alone.shape[1]] - alone).abs().max()))
-    return Finding("mixed batch", gap <= NATS[dtype], f"{gap:.1e} nats between a mixed batch and rows alone at most")
+    parameters = [p for which in BLOCKS for p in policy.adapter.parameters(which)]
+
+    def passed(index: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with policy.adapter.routed(m[index], d[index]):
+            part = rows.take(index)
+            loss = (policy.nll(part) * torch.linspace(1, 2, len(rows.length))[index].to(policy.device)).sum()
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            logp = policy.logp(part).detach()
+        return logp, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+
+    mixed, together = passed(torch.arange(len(rows.length)))
+    gap, total = 0.0, [torch.zeros_like(p) for p in parameters]
+    for i in range(len(rows.length)):
+        alone, grads = passed(torch.tensor([i]))
+        gap = max(gap, float((mixed[i : i + 1, : alone.shape[1]] - alone).abs().max()))
+        total = [t + g for t, g in zip(total, grads, strict=True)]
+    off = max(_part(a, b) for a, b in zip(together, total, strict=True))
+    said = f"{gap:.1e} nats and {off:.1e} of a gradient's norm between a mixed batch and its rows alone at most"
+    return Finding("mixed batch", gap <= NATS[dtype] and off <= PART[dtype], said)
+
+
+def activations(policy: Policy, rows: Rows, dtype: str) -> Finding:
+    """Bottleneck activations of a batch against those of its rows alone."""
+    batch = policy.activations(rows, "full")
+    alone = torch.cat([policy.activations(rows.take(torch.tensor([i])), "full") for i in range(len(rows.length))])
+    off = _part(batch, alone)
+    return Finding("activations", off <= PART[dtype], f"{off:.1e} of their norm between a batch and its rows alone")
 
 
 def probe(policy: Policy, rows: Rows, dtype: str) -> Finding:
@@ -342,7 +360,10 @@ def reckon(cfg: Config, policy: Policy) -> Memory:
     length, rows = prompt + cfg.max_new, cfg.prompts * cfg.group
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in _base(policy)}.values())
     trained = sum(p.numel() for which in BLOCKS for p in policy.adapter.parameters(which))
-    held = sum(t.numel() * t.element_size() for t in policy.adapter.tensors().values())
+    own = [
+        t for m in policy.adapter.modules.values() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    ]
+    held = sum(t.numel() * t.element_size() for t in own)
     moments = 2 if cfg.optimizer == "adamw" else 1
     adapter = held + trained * 4 * (1 + moments)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -350,7 +371,7 @@ def reckon(cfg: Config, policy: Policy) -> Memory:
     states = 2 * layers * heads * head_size * size
     merged = 0 if size < 4 else 4 * sum(m.base.weight.numel() for m in policy.adapter.modules.values())
     at_once = min(rows, cfg.sample_batch or rows)
-    sampling = merged + at_once * (length * states + vocab * 12)
+    sampling = 0 if cfg.engine == "vllm" else merged + at_once * (length * states + vocab * 12)
     inner = (8 * wide + 4 * getattr(config, "intermediate_size", 4 * wide)) * size  # of a layer and token
     kept = layers * wide * size if cfg.gradient_checkpointing else layers * inner
     passes = {}
@@ -374,4 +395,7 @@ def memory(cfg: Config, policy: Policy) -> Iterator[Finding]:
     yield Finding("memory", None, told)
     if policy.device.type == "cuda":
         total = torch.cuda.get_device_properties(policy.device).total_memory
-        yield Finding("memory of this GPU", need.peak < total, f"{total / GB:.1f} GB; smaller batches need less")
+        taken = cfg.vllm_memory if cfg.engine == "vllm" and not cfg.vllm_sleep else 0.0
+        left = total * (1 - taken)
+        said = f"{left / GB:.1f} GB of {total / GB:.1f} are the trainer's; smaller batches need less"
+        yield Finding("memory of this GPU", need.peak < left, said)

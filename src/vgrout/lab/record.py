@@ -160,6 +160,17 @@ def weights_sha256(out: Path) -> str:
     return hashlib.sha256((out / "adapter.safetensors").read_bytes()).hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises UserError where it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The whole lines of a log; a last one without its line break was cut off."""
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []

@@ -13,11 +13,23 @@ from rich.table import Table
 from vgrout.arms import ARMS
 from vgrout.config import Config
 from vgrout.lab.evaluate import NO_ORACLE, final, size_note, summaries
+from vgrout.lab.record import read_json
 from vgrout.lab.run import header, sandbox_note, workshop
 from vgrout.types import UserError
 
+WORLD = ("model_sha256", "task_sha256", "chat_template_sha256", "tokenizer_sha256")  # that an evaluation is about
 
-def evaluate_run(folder: Path, split: str, rollouts: int | None) -> tuple[dict[str, dict], Mapping[str, Any]]:
+
+def check_same(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Raises UserError where model, problems or template are not those that a run was trained with."""
+    made = read_json(folder / "provenance.json")
+    if other := [name for name in WORLD if name in made and made[name] != provenance.get(name)]:
+        raise UserError(f"{folder} was made with another {', '.join(name.removesuffix('_sha256') for name in other)}")
+
+
+def evaluate_run(
+    folder: Path, split: str, rollouts: int | None, device: str | None = None
+) -> tuple[dict[str, dict], Mapping[str, Any]]:
     """(every cell of a run, what this evaluation ran on). Raises UserError where the folder is no finished run, the
     split is unknown or the number of rollouts is none."""
     if split not in ("val", "test"):
@@ -25,14 +37,18 @@ def evaluate_run(folder: Path, split: str, rollouts: int | None) -> tuple[dict[s
     cfg = Config.read(folder / "config.json")
     if rollouts is not None:
         cfg = replace(cfg, eval_rollouts=rollouts)
+    if device is not None:
+        cfg = replace(cfg, device=device)
     with workshop(cfg, trains=False) as shop:
+        check_same(folder, shop.provenance)
         shop.policy.adapter.load(folder / "adapter.safetensors")
         results = final(cfg, shop.policy, shop.env, ablates=ARMS[cfg.arm].ablates, split=split)
         return summaries(results, shop.env), shop.provenance
 
 
-def reevaluate(folder: Path, split: str, rollouts: int | None, console: Console) -> None:
-    cells, provenance = evaluate_run(folder, split, rollouts)
+def reevaluate(folder: Path, split: str, rollouts: int | None, console: Console, device: str | None = None) -> None:
+    """Print every cell. Raises what `evaluate_run` raises."""
+    cells, provenance = evaluate_run(folder, split, rollouts, device)
     console.print(header(provenance), markup=False, highlight=False, soft_wrap=True)
     tasked = not any("hack" in cell for cell in cells.values())
     what = "mean reward" if tasked else "% of rollouts"

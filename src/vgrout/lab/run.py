@@ -25,7 +25,7 @@ from vgrout.arms.steering import Steering
 from vgrout.config import Config
 from vgrout.engines import ENGINES, make_engine
 from vgrout.envs.micro_env import MicroEnv, check_modes
-from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_of, read_splits
+from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_digest, read_splits
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
 from vgrout.envs.task import load_task
@@ -125,6 +125,8 @@ def check_task(cfg: Config) -> None:
         raise UserError(f"{cfg.arm} trains without loopholes: {cfg.env} has none to close")
     if cfg.modes:
         raise UserError(f"{cfg.env} has no modes: drop --modes")
+    if cfg.max_prompt:
+        raise UserError(f"{cfg.env} gives its prompts as they are: drop --max-prompt")
     if cfg.teacher_n and cfg.teacher_off_step:
         raise UserError(f"{cfg.env} has no demonstrations: set --teacher-n 0")
     load_task(Path(cfg.env))
@@ -170,7 +172,7 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "model_sha256": weights,
-        **chat_facts(policy.tokenizer),
+        **chat_facts(policy.tokenizer, policy.model),
         **engine.facts(),
         **pairs_facts(cfg),
         **own,
@@ -203,13 +205,14 @@ def _problems(cfg: Config, sandbox: Sandbox, policy: Policy) -> tuple[ProblemEnv
     else:
         pool = demonstrated(cfg.env) if cfg.teacher_n and cfg.teacher_off_step else None
         env = ProblemEnv(sandbox, read_splits(cfg.env), loophole=loophole, pool=pool, modes=cfg.modes)
-        content = b"".join(file.read_bytes() for file in files_of(cfg.env))
-        facts = {"task_sha256": sha256(content).hexdigest()}
+        facts = {"task_sha256": files_digest(cfg.env)}
     if cfg.max_prompt:
         facts["too_long"] = env.keep(
             lambda prompt: len(encode_prompt(policy.tokenizer, prompt)) <= cfg.max_prompt,
             f"has prompts of {cfg.max_prompt} tokens at most: raise --max-prompt",
         )
+    if cfg.env != MICRO and cfg.teacher_n and cfg.teacher_off_step and not env.covered():
+        raise UserError(f"{demonstrated(cfg.env)} demonstrates none of the training problems: set --teacher-n 0")
     return env, facts
 
 

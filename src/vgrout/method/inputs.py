@@ -32,6 +32,7 @@ def input_moments(model: PreTrainedModel, hack: Rows, clean: Rows, score_batch: 
                 real = torch.arange(part.tokens.shape[1]) < part.length[:, None]
                 share = part.completion / part.completion.sum(1, keepdim=True)  # of a row's mean
                 for name, x in seen.items():
+                    x = x.view(*part.tokens.shape, -1)  # a module may get the tokens of all rows end to end
                     second[name] += x[real].T @ x[real]
                     difference[name] += sign * torch.einsum("nl,nli->i", share.double(), x)
     finally:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vgrout.adapters.base import Adapter
 from vgrout.faults import fitting
 from vgrout.method.prefix import by_prompt, shared_c_gradients, stacked
+from vgrout.models.attention import SHARED_HEADS
 from vgrout.types import State
 
 
@@ -65,6 +66,7 @@ def stack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     return Rows(tokens, completion, length)
 
 
+MASKED = ("sdpa", SHARED_HEADS)  # attention that takes a mask of its own for every row
 PACK = 512  # completion tokens that share one copy of their prompt
 
 
@@ -173,9 +175,10 @@ class Policy:
         self.score_dtype = score_dtype  # of the products with merged weights in c-gradients and activations
         text = model.config.get_text_config()
         kinds = getattr(text, "layer_types", None) or ()
-        # A layer that sees a window or keeps a running state needs its rows apart; so does a kernel without masks.
+        # A layer that sees a window or keeps a running state needs its rows apart; so does attention that takes no mask
+        # of truth values: rows that share a prompt see each other but for that mask.
         whole = set(kinds) <= {"full_attention"} and not getattr(text, "sliding_window", None)
-        self.packs = whole and "flash" not in model.config._attn_implementation
+        self.packs = whole and model.config._attn_implementation in MASKED
 
     def logits(self, rows: Rows) -> Float[Tensor, "T V"]:
         """What every completion token of `rows`, row by row, was drawn from: logits / temperature."""
@@ -269,7 +272,8 @@ class Policy:
                 share = (part.completion / part.completion.sum(1, keepdim=True))[:, None].to(self.device)
                 self.body(input_ids=part.tokens.to(self.device), use_cache=False)
                 for m, (_, a) in enumerate(factors):
-                    out[index, m, : len(a)] = F.linear((share @ seen[m].float())[:, 0], a.float()).cpu()
+                    x = seen[m].view(*part.tokens.shape, -1)  # a module may get the tokens of all rows end to end
+                    out[index, m, : len(a)] = F.linear((share @ x.float())[:, 0], a.float()).cpu()
         return out
 
     def nll(self, rows: Rows) -> Float[Tensor, N]:

@@ -8,8 +8,10 @@ template puts it, for rollouts and pairs alike.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,6 +23,7 @@ PLAIN = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}"
     "{% endif %}{% endfor %}"
 )
+SAMPLE = "def solve(xs, k):\n    return [x + 1 for x in xs[:k] if x != 'a b']  # 1,234 \u00e9\n"  # says how text is cut
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -41,14 +44,17 @@ def settle(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, template:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def chat_facts(tokenizer: PreTrainedTokenizerFast) -> Mapping[str, str]:
+def chat_facts(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Mapping[str, Any]:
     """How the model is talked to, for a run's provenance."""
     template = tokenizer.chat_template
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]]
     return {
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "chat_template": "plain" if template.endswith(PLAIN) else "its own, or a file",
         "thinking": "off" if "enable_thinking" in template else "no switch",
-        "end_token": tokenizer.eos_token,
+        "end_tokens": tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer)),
+        "answers_end_with": tokenizer.eos_token,
+        "tokenizer_sha256": hashlib.sha256(json.dumps(words).encode()).hexdigest(),
     }
 
 

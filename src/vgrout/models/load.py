@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from vgrout.models.attention import SHARED_HEADS
@@ -54,7 +55,7 @@ def check_device(device: str) -> None:
     if kind.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count <= (kind.index or 0):
-            raise UserError(f"device = {device}: torch finds {count} GPUs on this machine; --device cpu needs none")
+            raise UserError(f"device = {device}: torch finds {count} GPUs on this machine")
     elif kind.type != "cpu":
         raise UserError(f"device = {device}: give cpu, cuda, or cuda:N")
 
@@ -109,10 +110,16 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def recomputing(model: nn.Module) -> list[nn.Module]:
+def recomputing(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that can run again in the backward pass instead of keeping what it needs. They do where `training` is
-    set on them, which leaves all else, dropout for one, in evaluation mode. Raises UserError where there is none."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    set on them, which leaves the modules in them in evaluation mode. Raises UserError where there is none, and where a
+    layer would take `training` for more than that (dropout of its own)."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} has no gradient checkpointing: drop --gradient-checkpointing")
+    for layer in layers:
+        drops = [name for name, p in vars(layer).items() if "drop" in name and isinstance(p, float) and p > 0]
+        if drops:
+            raise UserError(f"{type(layer).__name__} has a {drops[0]} of its own: drop --gradient-checkpointing")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", None) is True and m is not model]
+    return layers

@@ -140,8 +140,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("seeds", "arms/seeded.py", "h.norm() / d.norm()", "1 / d.norm()"),
     Mutation("seeds", "arms/seeded.py", "self.place([-d for d in hack])", "pass"),
-    Mutation("resume", "arms/erase.py", 'self.axes, self.drawn = part(state, "axes."), state', "self.drawn = state"),
-    Mutation("resume", "arms/edits.py", 'self.before = part(state, "before.") or None', "self.before = None"),
+    Mutation(
+        "resume", "arms/erase.py", 'self.axes, self.drawn = part(state, "axes.", there), state', "self.drawn = state"
+    ),
+    Mutation(
+        "resume",
+        "arms/edits.py",
+        'self.before = part(state, "before.", self.bench.policy.device) or None',
+        "self.before = None",
+    ),
     Mutation("step", "loop.py", "                advantage[index],", "                -advantage[: len(index)],", True),
     Mutation("step", "loop.py", "decision.m[index], decision.d[index]", "decision.m[index], 0 * decision.d[index]"),
     Mutation("step", "loop.py", " logp_old[index, :width]", " logp_old[: len(index), :width]"),

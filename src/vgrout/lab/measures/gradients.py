@@ -71,7 +71,7 @@ def at_step(cfg: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> d
             if len(some):
                 taken = all_rows.take(some)
                 with torch.no_grad(), policy.adapter.merged(state):
-                    old[some, : taken.tokens.shape[1]] = policy.logp(taken)
+                    old[some, : taken.tokens.shape[1]] = policy.logp(taken).cpu()
     batch = replace(batch, logp_old=old)
     advantage = torch.tensor([float(row["advantage"]) for row in rows])
     live = live_groups(batch.reward, batch.group)
