@@ -30,7 +30,7 @@ from vgrout.types import Batch, Decision, OracleBatch, Prompt, UserError
 
 
 def part(state: Mapping[str, Any], prefix: str, device: torch.device | None = None) -> dict[str, Any]:
-    """The entries of a flat state whose keys start with `prefix`, which they lose. With a `device`, all are tensors, and
+    """The entries of a flat state whose keys start with `prefix`, which they lose. With a `device`, all are tensors and
     go there."""
     mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return mine if device is None else {key: value.to(device) for key, value in mine.items()}

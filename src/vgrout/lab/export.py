@@ -406,7 +406,8 @@ def results(said: Mapping[str, Any]) -> list[str]:
     return [
         *_table(("cell", "live", *head, "live here"), rows),
         "",
-        f"{size['n']} rollouts over {size['clusters']} problems a cell, sampled from the run's own weights in {said.get('base_dtype', 'float32')}; "
+        f"{size['n']} rollouts over {size['clusters']} problems a cell, sampled from the run's own weights in "
+        f"{said.get('base_dtype', 'float32')}; "
         "[95 % interval], clustered by problem, for this run alone: it says nothing about other seeds. "
         + size_note(cells),
     ]
