@@ -1,4 +1,4 @@
-"""The environments as a taskset of verifiers (its v1 API): `eval vgrout-taskset --env.taskset.source FILE`.
+"""The environments as a taskset of verifiers (its v1 API): `env eval vgrout-taskset --env.taskset.source FILE`.
 
 The reward is what this project's training pays, which a loophole can fool. The oracle's verdict comes as metrics, which
 verifiers records and does not add to the reward: it is for evaluation only, and no `rewards` plugged into a
