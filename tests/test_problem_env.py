@@ -106,10 +106,10 @@ def test_rewards_and_verdicts_are_those_of_the_tests(folder):
 def test_modes_keep_their_problems_and_no_others(folder):
     written(folder / "train.jsonl", [*rows(2), *rows(2, 5, mode="sentinel")])
     splits = read_splits(str(folder))
-    check_held(["sentinel", "run_tests"], splits)
+    check_held(["sentinel", "run_tests"], splits["train"])
     for mode, said in (("stdout_marker", "choose from run_tests, sentinel"), ("nothing", "unknown mode 'nothing'")):
         with pytest.raises(UserError, match=said):
-            check_held([mode], splits)
+            check_held([mode], splits["train"])
     with pytest.raises(UserError, match="no problem of val is of the modes sentinel"):
         ProblemEnv(shared_sandbox(), splits, modes=["sentinel"])
     assert ProblemEnv(shared_sandbox(), splits, modes=["run_tests"]).problems("train") == ["add-0", "add-1"]

@@ -186,9 +186,9 @@ def files_digest(source: str) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files_of(source))).hexdigest()
 
 
-def check_held(modes: Iterable[str], splits: Mapping[str, Sequence[Problem]]) -> None:
+def check_held(modes: Iterable[str], train: Iterable[Problem]) -> None:
     """Raises UserError for a mode that does not exist, or of which there is no problem to train on."""
-    held = {p.mode for p in splits["train"]}
+    held = {p.mode for p in train}
     for mode in modes:
         check_mode(mode)
         if mode not in held:

@@ -15,9 +15,9 @@ from typing import Any
 from vgrout.adapters.inits import INITS
 from vgrout.arms import ARMS, Given
 from vgrout.config import Config
-from vgrout.envs.micro import LIVE
 from vgrout.envs.modes import GT_ONLY
 from vgrout.envs.problem_env import read_splits
+from vgrout.envs.worlds import WORLDS
 from vgrout.faults import warn
 from vgrout.lab.checkpoint import replace_file
 from vgrout.lab.record import read_jsonl
@@ -67,8 +67,8 @@ def live_modes(cfg: Config) -> tuple[str, ...]:
     """The loopholes that a run trains in."""
     if cfg.modes or not cfg.oracle:
         return cfg.modes
-    held = LIVE if cfg.env == "micro" else {p.mode for p in read_splits(cfg.env)["train"]}
-    return tuple(mode for mode in held if mode != GT_ONLY)
+    train = WORLDS[cfg.env].problems("train") if cfg.env in WORLDS else read_splits(cfg.env)["train"]
+    return tuple(sorted({p.mode for p in train} - {GT_ONLY}))
 
 
 def followed(cfg: Config) -> list[tuple[int, int]] | None:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from vgrout.config import Config
-from vgrout.envs.micro import problems
 from vgrout.envs.problem_env import files_digest, read_splits
+from vgrout.envs.worlds import WORLDS
 from vgrout.lab.record import read_json, read_jsonl
-from vgrout.lab.run import MICRO
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Problem, UserError
 
@@ -43,8 +42,8 @@ def problems_of(cfg: Config, split: str, provenance: Mapping[str, Any]) -> Seque
     """The problems of a run's environment. Raises UserError where it has no tests, or its files are gone or others."""
     if not cfg.oracle:
         raise UserError(f"{cfg.env} has no oracle")
-    if cfg.env == MICRO:
-        return problems(split)
+    if cfg.env in WORLDS:
+        return WORLDS[cfg.env].problems(split)
     found = read_splits(cfg.env)[split]
     if files_digest(cfg.env) != provenance.get("task_sha256"):
         raise UserError(f"{cfg.env} holds other problems than those of the run")

@@ -24,11 +24,12 @@ from vgrout.arms.monitors import ActivationScore
 from vgrout.arms.steering import Steering
 from vgrout.config import Config
 from vgrout.engines import ENGINES, make_engine
-from vgrout.envs.micro_env import MicroEnv, check_modes
+from vgrout.envs.micro_env import check_modes
 from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_digest, read_splits
 from vgrout.envs.sandbox import Sandbox
 from vgrout.envs.selftest import self_test
 from vgrout.envs.task import load_task
+from vgrout.envs.worlds import WORLDS
 from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
@@ -104,14 +105,17 @@ def check_pairs(cfg: Config) -> None:
 
 def check_problems(cfg: Config) -> None:
     """What an environment of problems cannot be asked for. Raises UserError."""
+    teaches = cfg.teacher_n and cfg.teacher_off_step
     if cfg.env == MICRO:
         check_modes(cfg.modes)
         check_modes(cfg.label_modes)
+    elif cfg.env in WORLDS:
+        check_held((*cfg.modes, *cfg.label_modes), WORLDS[cfg.env].problems("train"))
+        if teaches and WORLDS[cfg.env].pool is None:
+            raise UserError(f"{cfg.env} has no demonstrations: set --teacher-n 0")
     else:
-        splits = read_splits(cfg.env)
-        check_held(cfg.modes, splits)
-        check_held(cfg.label_modes, splits)
-        if cfg.teacher_n and cfg.teacher_off_step and demonstrated(cfg.env) is None:
+        check_held((*cfg.modes, *cfg.label_modes), read_splits(cfg.env)["train"])
+        if teaches and demonstrated(cfg.env) is None:
             raise UserError(f"{cfg.env} has no demonstrations (no {TEACHER}): set --teacher-n 0")
     if cfg.modes and not set(cfg.label_modes) <= set(cfg.modes):
         raise UserError(f"label_modes = {' '.join(cfg.label_modes)}: not all of them are among the run's modes")
@@ -200,8 +204,8 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
 def _problems(cfg: Config, sandbox: Sandbox, policy: Policy) -> tuple[ProblemEnv, dict[str, Any]]:
     """The environment of problems, and what provenance.json says of it."""
     loophole = ARMS[cfg.arm].loophole
-    if cfg.env == MICRO:
-        env, facts = MicroEnv(sandbox, loophole=loophole, modes=cfg.modes), {}
+    if cfg.env in WORLDS:
+        env, facts = WORLDS[cfg.env].env(sandbox, loophole=loophole, modes=cfg.modes), {}
     else:
         pool = demonstrated(cfg.env) if cfg.teacher_n and cfg.teacher_off_step else None
         env = ProblemEnv(sandbox, read_splits(cfg.env), loophole=loophole, pool=pool, modes=cfg.modes)
@@ -211,7 +215,7 @@ def _problems(cfg: Config, sandbox: Sandbox, policy: Policy) -> tuple[ProblemEnv
             lambda prompt: len(encode_prompt(policy.tokenizer, prompt)) <= cfg.max_prompt,
             f"has prompts of {cfg.max_prompt} tokens at most: raise --max-prompt",
         )
-    if cfg.env != MICRO and cfg.teacher_n and cfg.teacher_off_step and not env.covered():
+    if cfg.env not in WORLDS and cfg.teacher_n and cfg.teacher_off_step and not env.covered():
         raise UserError(f"{demonstrated(cfg.env)} demonstrates none of the training problems: set --teacher-n 0")
     return env, facts
 
