@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import pytest
 import torch
 from torch import nn
 
@@ -16,16 +17,21 @@ from vgrout.adapters.base import BLOCKS, BlockLinear
 from vgrout.arms import ARMS, Arm, hooks
 from vgrout.arms.monitored import Monitored
 from vgrout.arms.monitors import MONITORS, Monitor
+from vgrout.config import preset
 from vgrout.engines import ENGINES, Engine, make_engine
 from vgrout.engines.base import states_of
 from vgrout.engines.torch_engine import TorchEngine
-from vgrout.envs.problems import read_problems
+from vgrout.envs.problems import problem_of, read_problems
 from vgrout.envs.task import load_task
+from vgrout.envs.worlds import WORLDS, World
+from vgrout.lab.labels import problems_of
 from vgrout.lab.measures.base import Measure, Shown
 from vgrout.lab.parity import logp_parity
+from vgrout.lab.run import check
 from vgrout.lab.runs import Run
-from vgrout.method.gate import POLICIES, GatePolicy, decide
-from vgrout.types import Decision
+from vgrout.method.direction import DIRECTIONS, calibrate
+from vgrout.method.gate import POLICIES, GatePolicy, decide, uniform
+from vgrout.types import Decision, Rollout, UserError
 from vgrout.verify import adapter_gates, toy
 from vgrout.verify.toy import TOY, Letters, toy_train
 
@@ -124,3 +130,38 @@ def test_measure():
     assert (
         measure.of([run], None).rows == [[f"x-s{TOY.seed}", "4"]] and measure.of([replace(run, steps=[])], None) is None
     )
+
+
+def test_world(monkeypatch):
+    scope: dict = {"problem_of": problem_of, "World": World, "WORLDS": {}}
+    exec(block("def times"), scope)
+    monkeypatch.setitem(WORLDS, "times", scope["WORLDS"]["times"])
+    cfg = replace(preset("micro"), env="times", teacher_n=0)
+    check(cfg)
+    with pytest.raises(UserError, match="times has no demonstrations: set --teacher-n 0"):
+        check(replace(cfg, teacher_n=1))
+    env = WORLDS["times"].env(toy.sandbox(), loophole=True, modes=())
+    prompt = env.prompt("times-22", family="eval")
+    right = Rollout("r", prompt, "def f(n):\n    return 22 * n\n", (), (), 0)
+    assert env.problems("test")[0] == "times-22" and env.grade([right])[0].reward == 3.5
+    assert {p.id for p in problems_of(cfg, "test", {})} == set(env.problems("test"))
+
+
+def test_arm_that_remembers(monkeypatch):
+    scope: dict = {"Arm": Arm, "uniform": uniform}
+    exec(block("class EveryOther"), scope)
+    monkeypatch.setitem(ARMS, "every_other", scope["EveryOther"])
+    _, watcher = toy_train(replace(TOY, arm="every_other", steps=3))
+    assert [d.zones()[0] for d in watcher.decisions] == ["absorb", "keep", "absorb"]
+    made = scope["EveryOther"].__new__(scope["EveryOther"])
+    made.restore({"steps": 1})
+    assert made.state() == {"steps": 1}
+
+
+def test_direction():
+    scope: dict = {"normalize": torch.nn.functional.normalize}
+    exec(block("def middle"), scope)
+    hack, clean = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    v = scope["middle"](hack + 3, clean)
+    torch.testing.assert_close(v.norm(dim=-1), torch.ones(3))
+    assert calibrate(v, hack + 3, clean, real=True).accuracy == 1 and "v_grad" in DIRECTIONS
