@@ -263,8 +263,8 @@ class Adapter:
         """`state` on merged weights, without gradients for the parameters. `dtype` is that of the products with them;
         None: the model's.
 
-        Weights of fewer bits than float32 would round most of a small delta away: beside them the blocks run as they
-        are, at the cost of two thin products a module.
+        Into weights of fewer bits than float32 a delta would round otherwise than in the update: beside them the blocks
+        run as they are, at the cost of two thin products a module.
         """
         if any(module.base.weight.dtype.itemsize < 4 for module in self.modules.values()):
             return self._as(replace(FLOWS[state], scale=tuple(self.scale[which] for which in BLOCKS)))
