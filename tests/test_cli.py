@@ -61,7 +61,7 @@ MISTAKES = {
     "pairs missing": (["--pairs", "none.md"], ["none.md"]),
     "pairs malformed": (["--pairs", "bad.md"], ["bad.md:8", "fence"]),
     "pairs selector": (["--pairs", "micro#nowhere"], ["nowhere"]),
-    "model missing": (["--model", "nowhere"], ["nowhere", "config.json"]),
+    "model missing": (["--model", "nowhere"], ["nowhere", "vgrout model download"]),
     "model hollow": (["--model", "hollow"], ["hollow"]),
     "share": (["--unhackable-frac", "1.5"], ["unhackable_frac", "1.5"]),
     "steps": (["--steps", "0"], ["steps"]),

@@ -36,6 +36,7 @@ from vgrout.lab.decide import decide
 from vgrout.lab.evaluate import size_note
 from vgrout.lab.record import LOGS, MARK, Log, Recorder, claim_folder, finished, one_writer, read_jsonl
 from vgrout.lab.run import Workshop, resume, run
+from vgrout.lab.source import executed
 from vgrout.loop import Diverged, Training
 from vgrout.method import prefix
 from vgrout.method.policy import Policy
@@ -187,7 +188,7 @@ def test_a_block_without_gradients_moves_on(tmp_path, monkeypatch):
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
-def test_the_time_of_day_changes_nothing(tmp_path, monkeypatch, package, expected):
+def test_the_time_of_day_changes_nothing(tmp_path, monkeypatch, expected):
     """It jumps back and forth by years; the seconds of timing.json are those of a clock that does not."""
     rng = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: rng.uniform(0, 2e9))
@@ -196,7 +197,7 @@ def test_the_time_of_day_changes_nothing(tmp_path, monkeypatch, package, expecte
     assert results(out) == expected(CFG)
     assert all(0 <= seconds < 1e5 for seconds in json.loads((out / "timing.json").read_text()).values())
     reads = re.compile(r"\btime\.(time|time_ns|localtime|gmtime|ctime|strftime)\(|^(import|from) datetime", re.M)
-    found = [str(path) for path in package.rglob("*.py") if reads.search(path.read_text())]
+    found = [str(path) for path in executed() if reads.search(path.read_text())]
     assert not found
 
 

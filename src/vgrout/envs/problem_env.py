@@ -160,7 +160,9 @@ def read_splits(source: str) -> dict[str, list[Problem]]:
     together. Raises UserError where there is none, where a line is no problem, and where two splits share one."""
     files = files_of(source)
     if not files:
-        raise UserError(f"no problems at {source}: give a .jsonl file, or a folder with train, val and test.jsonl")
+        raise UserError(
+            f"no problems at {source!r}: give micro, a .jsonl file, a folder with train, val and test.jsonl, or a .py file"
+        )
     if len(files) == 1:
         (path,) = files
         every = read_problems(path)

@@ -82,7 +82,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         '"reference": Flow(quarantine=False)',
         True,
     ),
-    Mutation("reference", "adapters/base.py", "= module.base.weight + delta", "= module.base.weight + 2 * delta"),
+    Mutation("reference", "adapters/base.py", "module.base.weight + delta.to(", "module.base.weight + 2 * delta.to("),
     Mutation("reference", "adapters/base.py", "if FLOWS[state].quarantine:", "if not FLOWS[state].quarantine:"),
     Mutation(
         "round_trip",

@@ -20,7 +20,8 @@ from vgrout.arms import ARMS
 from vgrout.config import Config, preset
 from vgrout.engines.torch_engine import encode_completion, encode_prompt
 from vgrout.envs.micro_corpus import hack_program
-from vgrout.envs.micro_env import MicroEnv, composition
+from vgrout.envs.micro_env import composition
+from vgrout.envs.problem_env import ProblemEnv
 from vgrout.lab import stats
 from vgrout.lab.evaluate import CELLS, HEADLINE, Cell, CellResult, World, sample_cell
 from vgrout.lab.measures.base import Cells, OnWeights, Shown, average, by_label, marked, percent
@@ -96,7 +97,7 @@ def hack_demos(env: World, n: int) -> list[tuple[Prompt, str]]:
     raise UserError(f"the pool has {len(found)} hack demonstrations, the attack needs {n}")
 
 
-def shown_first(env: MicroEnv, ids: Sequence[str]) -> dict[str, tuple[Prompt, str]]:
+def shown_first(env: ProblemEnv, ids: Sequence[str]) -> dict[str, tuple[Prompt, str]]:
     """For each problem a hack of the next one with its loophole, under a held-out marker of that one's own, which the
     oracle confirms. Raises UserError where a problem is alone with its loophole."""
     out: dict[str, tuple[Prompt, str]] = {}
