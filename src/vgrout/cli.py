@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 
 from vgrout.config import Config, preset
+from vgrout.dist import RankLost, place
 from vgrout.signals import Interrupted, listening
 from vgrout.types import RunFailed, UserError
 
@@ -169,7 +170,8 @@ def commands(base: Config) -> dict:
                 work.run(cfg, out, force=force, console=console)
             else:
                 work.resume(resume, allow_drift=allow_drift, console=console)
-        console.print(f"{(out or resume) / 'eval.json'}")
+        if place()[0] == 0:
+            console.print(f"{(out or resume) / 'eval.json'}")
         return 0
 
     def evaluate(run: tyro.conf.Positional[Path], split: str = "test", rollouts: int | None = None) -> int:
@@ -748,24 +750,46 @@ def _refuse_settings(args: list[str]) -> None:
             raise UserError(f"--resume takes every setting from the run's folder: drop {', '.join(other)}")
 
 
+def _refuse_processes(args: list[str]) -> None:
+    """Raises UserError for a command that would do the same in each of several processes."""
+    if place()[1] > 1 and args[:1] != ["train"]:
+        raise UserError(f"`vgrout {' '.join(args[:1])}` runs in one process: only `vgrout train` goes with torchrun")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, unless this process is none that speaks for all."""
+    if place()[0] == 0:
+        print(f"vgrout: {text}", file=sys.stderr)
+
+
+def _failed(error: RunFailed) -> None:
+    """What made a run fail. Where it failed in one of several processes, that one says so."""
+    rank = place()[0]
+    if rank == 0:
+        _say(f"{type(error).__name__}: {error}")
+    elif not isinstance(error, RankLost):
+        print(f"vgrout: process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of `vgrout`."""
     args = sys.argv[1:]
     try:
+        _refuse_processes(args)
         known = commands(_base(args))
         args = _command(args, known)
         _refuse_singular(args)
         _refuse_settings(args)
         code = tyro.extras.subcommand_cli_from_dict(known, args=args, prog="vgrout")
     except UserError as error:
-        print(f"vgrout: {error}", file=sys.stderr)
+        _say(str(error))
         code = 2
     except RunFailed as error:
-        print(f"vgrout: {type(error).__name__}: {error}", file=sys.stderr)
+        _failed(error)
         code = 1
     except Interrupted as stop:
         with contextlib.suppress(OSError):  # after a hang-up nobody reads it
-            print(f"vgrout: {stop}", file=sys.stderr)
+            _say(str(stop))
         code = 128 + stop.number
     except KeyboardInterrupt:
         print("vgrout: interrupted", file=sys.stderr)
