@@ -1,4 +1,4 @@
-"""Toy trainings as one of several processes: `python tests/ranks.py OUT JOBS`, with what torchrun sets in the environment.
+"""Toy trainings as one of several processes: `python tests/ranks.py OUT JOBS` under what torchrun sets.
 
 JOBS is a JSON list of [name, settings of the toy]; OUT gets a file for each with all that the process saw.
 """
@@ -52,6 +52,7 @@ def toy(settings: dict, ranks) -> dict:
     """What a toy training of `settings` leaves: records, zones, scores, advantages, gradients, texts, weights."""
     from vgrout.loop import train
     from vgrout.method.shard import join
+    from vgrout.types import RunFailed
     from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, displace, toy_given, toy_policy, weights
 
     class Keeper(Watcher):
@@ -71,13 +72,28 @@ def toy(settings: dict, ranks) -> dict:
                 }
             )
 
+    class Fails(Letters):
+        """Its second grading fails in the second process."""
+
+        gradings = 0
+
+        def grade(self, rollouts):
+            self.gradings += 1
+            if ranks.rank == 1 and self.gradings == 2:
+                raise RunFailed("the grader fell over")
+            return super().grade(rollouts)
+
+    settings = dict(settings)
+    env = Fails() if settings.pop("fails", False) else Letters()
     cfg, seen = replace(TOY, **settings), []
     policy = toy_policy(cfg)
     displace(policy.adapter, seed=ranks.rank if cfg.seed == 7 else 0)  # seed 7: only the first process's may count
     join(policy, ranks, "cpu", shard=cfg.shard and ranks.world > 1)
     watcher = Keeper()
-    train(cfg, policy, Letters(), PAIRS, watcher, toy_given(cfg, policy))
-    return {"records": watcher.records, "seen": seen, "weights": weights(policy)}
+    train(cfg, policy, env, PAIRS, watcher, toy_given(cfg, policy))
+    frozen = [p for layer in policy.body.layers for p in layer.parameters() if not p.requires_grad]
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in frozen) / sum(p.numel() for p in frozen)
+    return {"records": watcher.records, "seen": seen, "weights": weights(policy), "held": held}
 
 
 def main(out: Path, jobs: list[tuple[str, dict]]) -> None:

@@ -189,9 +189,9 @@ class Group(Ranks):
         return bool(self._most(int(mine))) if self.sharded else mine
 
     def level(self, parts, spare):
+        missing = self._most(len(parts)) - len(parts) if self.sharded else 0  # asked before the first pass
         yield from super().level(parts, spare)
-        if self.sharded:
-            yield from [(spare, False)] * (self._most(len(parts)) - len(parts))
+        yield from [(spare, False)] * missing
 
     def check(self, facts):
         every = self.gather(facts())

@@ -232,7 +232,7 @@ def backward(
 
 
 def micro_batches(decision: Decision, length: Tensor, size: int, mine: Tensor | None = None) -> list[list[Tensor]]:
-    """Row indices of micro-batches of `size` rows, each in parts of one mask; only of rows that are `mine` where that is
+    """Row indices of micro-batches of `size` rows, each in parts of one mask; only rows that are `mine` where that is
     given. Long rows are sorted by length, which saves padding; short ones stay by group, so that they share their
     prompts (`policy.pack`)."""
     _, mask = torch.stack((decision.m, decision.d), dim=1).unique(dim=0, return_inverse=True)
