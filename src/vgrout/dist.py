@@ -157,7 +157,10 @@ class Group(Ranks):
             return value
         if not self.leads:
             raise RankLost(f"process {failed[0]}: {errors[failed[0]]}", said=True)
-        raise error if error is not None else type(errors[failed[0]])(f"process {failed[0]}: {errors[failed[0]]}")
+        if error is not None:
+            raise error
+        kind = UserError if isinstance(errors[failed[0]], UserError) else RunFailed
+        raise kind(f"process {failed[0]}: {errors[failed[0]]}")
 
     def sum_(self, tensors):
         if not tensors:

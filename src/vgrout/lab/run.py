@@ -241,8 +241,9 @@ def run(cfg: Config, out: Path, *, force: bool = False, console: Console | None 
         shop = shared(cfg, ranks, open_)
         ranks.first(lambda: claim_folder(out, force=force))  # only now: what does not load leaves nothing
         try:
-            ranks.first(lambda: open_.enter_context(one_writer(out)))
-            return _run(cfg, out, shop, shop.provenance, None, console)
+            with ExitStack() as lock:
+                ranks.first(lambda: lock.enter_context(one_writer(out)))
+                return _run(cfg, out, shop, shop.provenance, None, console)
         except UserError:  # settings that the arm cannot be made from, for one
             if ranks.leads:
                 disown(out)
