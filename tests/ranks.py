@@ -53,7 +53,7 @@ def toy(settings: dict, ranks) -> dict:
     from vgrout.loop import train
     from vgrout.method.shard import join
     from vgrout.types import RunFailed
-    from vgrout.verify.toy import PAIRS, TOY, Letters, Watcher, displace, toy_given, toy_policy, weights
+    from vgrout.verify.toy import PAIRS, SIZES, TOY, Letters, Watcher, displace, toy_given, toy_policy, weights
 
     class Keeper(Watcher):
         def step(self, record, rollouts, graded, decision, advantage):
@@ -85,8 +85,11 @@ def toy(settings: dict, ranks) -> dict:
 
     settings = dict(settings)
     env = Fails() if settings.pop("fails", False) else Letters()
+    ends = settings.pop("ends", 0)
     cfg, seen = replace(TOY, **settings), []
     policy = toy_policy(cfg)
+    if ends:  # so many tokens end a completion: their lengths differ
+        policy.model.generation_config.eos_token_id = list(range(SIZES.vocab - ends, SIZES.vocab))
     displace(policy.adapter, seed=ranks.rank if cfg.seed == 7 else 0)  # seed 7: only the first process's may count
     join(policy, ranks, "cpu", shard=cfg.shard and ranks.world > 1)
     watcher = Keeper()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ JOBS: dict[str, dict] = {
     "steer": {"arm": "steer", "steps": 3, "prompts": 3},
     "judge_route": {"arm": "judge_route", "steps": 3, "prompts": 3},
     "sharded none": {"arm": "none", "steps": 3, "shard": True},
-    "sharded routeV": {"arm": "routeV", **UNEVEN, "shard": True},
+    "sharded routeV": {"arm": "routeV", **UNEVEN, "ends": 40, "shard": True},
     "sharded coin_flip": {"arm": "coin_flip", "steps": 3, "prompts": 1, "micro_batch": 2, "shard": True},
     "sharded oracle_route": {"arm": "oracle_route", **UNEVEN, "shard": True, "gradient_checkpointing": True},
     "sharded steer": {"arm": "steer", "steps": 3, "prompts": 3, "shard": True},
@@ -106,8 +107,9 @@ def test_zones_and_lengths_were_uneven(two):
             own = [int(row[0].split("-")[1]) % 2 == rank for row in step["text"]]
             zones = [zone for zone, mine in zip(step["zones"], own, strict=True) if mine]
             counts[rank].append([zones.count(zone) for zone in ("keep", "absorb", "route")])
-            longest[rank].append(max(len(row[2]) for row, mine in zip(step["text"], own, strict=True) if mine))
-    assert counts[0] != counts[1] and longest[0] != longest[1]
+            drawn = [row[2] for row, mine in zip(step["text"], own, strict=True) if mine and row[3] is not None]
+            longest[rank].append(max(map(len, drawn)))
+    assert all(map(operator.ne, *counts)) and any(map(operator.ne, *longest)), longest
     assert any(sum(n > 0 for n in zones) > 1 for zones in counts[0])
 
 
