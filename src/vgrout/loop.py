@@ -175,9 +175,11 @@ def backward(
     totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
     totals |= {f"{what}_{zone}": 0.0 for zone in ZONES for what in ("log_rho", "tokens")}
     zones = decision.zones()
+    of_rows = (batch.completion, batch.logp_old, batch.teacher, advantage, decision.weight, live)
+    completion, logp_old, teacher, advantage, weight, live = (x.to(policy.device) for x in of_rows)
     fault, parameters = "", [p for which in BLOCKS for p in policy.adapter.parameters(which)]
-    mine = policy.ranks.owners(batch.group.tolist()) == policy.ranks.rank
-    units = micro_batches(decision, batch.length, cfg.micro_batch, mine)
+    here = policy.ranks.owners(batch.group.tolist()) == policy.ranks.rank
+    units = micro_batches(decision, batch.length, cfg.micro_batch, here)
     if policy.ranks.sharded:  # where masks mix, processes would run different numbers of passes
         units = [[index] for parts in units for index in parts]
     for parts, real in policy.ranks.level(units, [torch.tensor([0])]):
@@ -188,10 +190,7 @@ def backward(
             part = rows.take(index)
             width = part.tokens.shape[1]
             share = None if decision.share is None else decision.share[index]
-            old, completion = (x.to(policy.device) for x in (batch.logp_old[index, :width], part.completion))
-            own, credit, weight, lives = (
-                x[index].to(policy.device) for x in (~batch.teacher, advantage, decision.weight, live)
-            )
+            old, own, mine = logp_old[index, :width], ~teacher[index], completion[index, :width]
             with policy.adapter.routed(decision.m[index], decision.d[index], share):
                 log_p = policy.logits(part).log_softmax(-1)
                 if not real:  # a backward pass that leaves no trace
@@ -205,10 +204,10 @@ def backward(
                     logp,
                     rho,
                     part.place(k3(drawn, drawn_ref)),
-                    completion,
-                    credit,
-                    weight,
-                    lives,
+                    mine,
+                    advantage[index],
+                    weight[index],
+                    live[index],
                     e=cfg.clip_ratio,
                     beta=cfg.kl,
                     denominator=cfg.prompts * cfg.group * cfg.max_new,
@@ -222,8 +221,8 @@ def backward(
                 totals["entropy"] -= float((log_p.exp() * log_p).sum())
                 totals["kl"] += float(divergence(log_p, log_ref).sum())
                 zone = zones[int(index[0])]  # that of all rows of one mask
-                totals[f"log_rho_{zone}"] += float((logp - old)[completion & own[:, None]].sum())
-                totals[f"tokens_{zone}"] += float(completion[own].sum())
+                totals[f"log_rho_{zone}"] += float((logp - old)[mine & own[:, None]].sum())
+                totals[f"tokens_{zone}"] += float(mine[own].sum())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value
     if fault:  # only now: other processes may need the passes of this one

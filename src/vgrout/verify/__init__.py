@@ -17,6 +17,7 @@ from vgrout.verify import (
     judge_gates,
     loop_gates,
     method_gates,
+    model_gates,
     resume_gates,
 )
 from vgrout.verify.evidence import Evidence
@@ -50,6 +51,7 @@ GATES: dict[str, Gate] = {
     "reference": Gate("reference", "after training the KL reference is still the base", adapter_gates.reference),
     "round_trip": Gate("round_trip", "an adapter comes back from disk bit for bit", adapter_gates.round_trip),
     "probe": Gate("probe", "the c-probe changes no value and has the stated gradient", method_gates.probe),
+    "models": Gate("models", "adapter, masks and probe hold on other models, in bfloat16 too", model_gates.models),
     "grpo_identity": Gate("grpo_identity", "v is what GRPO does with +1 hack, -1 clean", method_gates.grpo_identity),
     "activations": Gate("activations", "routeA scores the mean of A x", activation_gates.activations),
     "adv_mod": Gate("adv_mod", "advantage modification equals plain Python", activation_gates.adv_mod),
