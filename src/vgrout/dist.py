@@ -20,12 +20,12 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from vgrout.faults import fitting, is_out_of_memory
 from vgrout.types import RunFailed, UserError
@@ -33,7 +33,6 @@ from vgrout.types import RunFailed, UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-WAIT = timedelta(minutes=30)  # that a process waits for another one
 BROKEN = re.compile("closed by peer|reset by peer|broken pipe|timed out|gloo|nccl", re.IGNORECASE)
 
 
@@ -236,7 +235,7 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     try:
         # What goes between processes but gradients and weights lies on the CPU: gloo notices at once when one ends.
-        c10d.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+        c10d.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=default_pg_timeout)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise RunFailed(f"process {rank} of {world} does not reach the others: {said}") from error
