@@ -240,6 +240,11 @@ def joined() -> Iterator[Ranks]:
         said = " ".join(str(error).split())[:200]
         raise RunFailed(f"process {rank} of {world} does not reach the others: {said}") from error
     group = Group()
-    yield group
-    group.gather(None)  # a failure of the first process while it writes results is one of all
-    c10d.destroy_process_group()  # not after a fault: it would wait for who is gone
+    try:
+        yield group
+        group.gather(None)  # a failure of the first process while it writes results is one of all
+    except BaseException:
+        if not cuda:  # left open its threads may abort the process; but NCCL would wait here for who is gone
+            c10d.destroy_process_group()
+        raise
+    c10d.destroy_process_group()
