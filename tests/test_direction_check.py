@@ -46,7 +46,7 @@ def tiny():
     """Runs with the tiny model, its letters and its pairs."""
 
     @contextmanager
-    def workshop(cfg):
+    def workshop(cfg, ranks):
         yield Workshop(toy_policy(cfg), letters(), dict(FACTS))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ import pytest
 HOUSE = (  # a room imports itself and rooms on lines above its own
     ("types", "signals"),
     ("config", "faults"),
+    ("dist",),
     ("adapters", "envs", "models", "pairs"),
     ("engines", "method"),
     ("arms",),

@@ -83,7 +83,7 @@ def test_a_folder_names_its_splits(folder):
     (folder / "test.jsonl").unlink()
     with pytest.raises(UserError, match="no file at .*test.jsonl"):
         read_splits(str(folder))
-    with pytest.raises(UserError, match="no problems at .nowhere.: give micro, a .jsonl file, a folder"):
+    with pytest.raises(UserError, match="no problems at .nowhere.: give micro, a .jsonl or .py file"):
         read_splits("nowhere")
 
 

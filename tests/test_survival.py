@@ -29,6 +29,7 @@ from vgrout.engines.torch_engine import TorchEngine
 from vgrout.envs.task import SPLITS, TaskEnv
 from vgrout.faults import OutOfMemory
 from vgrout.lab import checkpoint as checkpoint_module
+from vgrout.lab import evaluate
 from vgrout.lab import record as record_module
 from vgrout.lab import run as run_module
 from vgrout.lab.checkpoint import FOLDER, whole
@@ -67,7 +68,7 @@ def tiny():
     facts = dict(FACTS)
 
     @contextlib.contextmanager
-    def workshop(cfg):
+    def workshop(cfg, ranks):
         yield Workshop(toy_policy(cfg), letters(), dict(facts))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -246,7 +247,7 @@ PHASES = {  # where the signal arrives, at which call, steps kept
     "update": (torch.optim.AdamW, "step", 3, 4),
     "record": (Recorder, "step", 3, 4),
     "save": (record_module, "save", 1, 4),
-    "small evaluation": (record_module, "sample_cell", 1, 3),
+    "small evaluation": (evaluate, "sample_cell", 1, 3),
     "final evaluation": (record_module, "final", 0, 6),
 }
 

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from vgrout.config import Config, preset
+from vgrout.dist import RankLost, place
 from vgrout.signals import Interrupted, listening
 from vgrout.types import RunFailed, UserError
 
@@ -179,12 +180,15 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             raise UserError("give --out for a new run, or --resume for an interrupted one")
         if allow_drift and resume is None:
             raise UserError("--allow-drift goes with --resume")
-        with listening(), beside(track, out or resume, track_project, goes_on=resume is not None):
+        first = place()[0] == 0  # of several processes, the one that writes and speaks
+        tracker = track if first else None
+        with listening(), beside(tracker, out or resume, track_project, goes_on=resume is not None):
             if resume is None:
                 work.run(cfg, out, force=force, console=console)
             else:
                 work.resume(resume, allow_drift=allow_drift, console=console)
-        console.print(f"{(out or resume) / 'eval.json'}")
+        if first:
+            console.print(f"{(out or resume) / 'eval.json'}")
         return 0
 
     def track(
@@ -978,21 +982,43 @@ def _split(args: list[str]) -> tuple[list[str], list[str]]:
     return args[:at], args[at + 1 :]
 
 
+def _refuse_processes(args: list[str]) -> None:
+    """Raises UserError for a command that would do the same in each of several processes."""
+    if place()[1] > 1 and args[:1] != ["train"]:
+        raise UserError(f"`vgrout {' '.join(args[:1])}` runs in one process: only `vgrout train` goes with torchrun")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, unless this process is none that speaks for all."""
+    if place()[0] == 0:
+        print(f"vgrout: {text}", file=sys.stderr)
+
+
+def _failed(error: RunFailed) -> None:
+    """What made a run fail. Where it failed in one of several processes, that one says so."""
+    rank = place()[0]
+    if rank == 0:
+        _say(f"{type(error).__name__}: {error}")
+    elif not isinstance(error, RankLost):
+        print(f"vgrout: process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of `vgrout`."""
     args, queued = _split(sys.argv[1:])
     try:
+        _refuse_processes(args)
         known, args = _prepared(args, queued)
         code = tyro.extras.subcommand_cli_from_dict(known, args=args, prog="vgrout")
     except UserError as error:
-        print(f"vgrout: {error}", file=sys.stderr)
+        _say(str(error))
         code = 2
     except RunFailed as error:
-        print(f"vgrout: {type(error).__name__}: {error}", file=sys.stderr)
+        _failed(error)
         code = 1
     except Interrupted as stop:
         with contextlib.suppress(OSError):  # after a hang-up nobody reads it
-            print(f"vgrout: {stop}", file=sys.stderr)
+            _say(str(stop))
         code = 128 + stop.number
     except KeyboardInterrupt:
         print("vgrout: interrupted", file=sys.stderr)

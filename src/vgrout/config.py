@@ -47,6 +47,9 @@ class Config:
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel. flash_attention_2 (a package of its own, GPU only) takes no mask, so that rows of one prompt do
     not share it."""
+    shard: bool = False
+    """Several processes: each holds a part of the frozen layers and collects a layer's weights as it runs (FSDP2). Less
+    memory, slower."""
     gradient_checkpointing: bool = False
     """Layers keep their inputs alone for the backward pass and run again in it: less memory, more time."""
     chat_template: str = ""

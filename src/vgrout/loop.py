@@ -30,7 +30,6 @@ from vgrout.arms.base import EMPTY, part
 from vgrout.config import Config, stream
 from vgrout.engines import Engine, make_engine
 from vgrout.engines.torch_engine import encode_completion, encode_prompt
-from vgrout.faults import fitting
 from vgrout.method.gate import uniform
 from vgrout.method.inputs import input_moments
 from vgrout.method.loss import divergence, grpo_loss, k3, live_groups, ratio
@@ -165,7 +164,8 @@ def collate(rollouts: Sequence[Rollout], rewards: Sequence[float], pad: int) -> 
 def backward(
     cfg: Config, policy: Policy, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor
 ) -> dict[str, float]:
-    """Accumulate the step's gradients under the rows' masks; the loss and sums over tokens come back.
+    """Accumulate the step's gradients under the rows' masks; the loss and sums over tokens come back. Each of several
+    processes does so for the rows of its groups, and with the whole step's normaliser.
 
     `live` [N] marks the rows of groups with reward variance: the others give neither loss nor KL.
 
@@ -178,7 +178,12 @@ def backward(
     zones = decision.zones()
     of_rows = (batch.completion, batch.logp_old, batch.teacher, advantage, decision.weight, live)
     completion, logp_old, teacher, advantage, weight, live = (x.to(policy.device) for x in of_rows)
-    for parts in micro_batches(decision, batch.length, cfg.micro_batch):
+    fault, parameters = "", [p for which in BLOCKS for p in policy.adapter.parameters(which)]
+    here = policy.ranks.owners(batch.group.tolist()) == policy.ranks.rank
+    units = micro_batches(decision, batch.length, cfg.micro_batch, here)
+    if policy.ranks.sharded:  # where masks mix, processes would run different numbers of passes
+        units = [[index] for parts in units for index in parts]
+    for parts, real in policy.ranks.level(units, [torch.tensor([0])]):
         with torch.no_grad(), policy.adapter.reference():  # no mask reaches it: one pass for all parts
             log_refs = policy.logits(rows.take(torch.cat(parts))).log_softmax(-1)
         counts = [int(batch.completion[index].sum()) for index in parts]
@@ -189,6 +194,9 @@ def backward(
             old, own, mine = logp_old[index, :width], ~teacher[index], completion[index, :width]
             with policy.adapter.routed(decision.m[index], decision.d[index], share):
                 log_p = policy.logits(part).log_softmax(-1)
+                if not real:  # a backward pass that leaves no trace
+                    torch.autograd.grad(log_p.sum(), parameters, allow_unused=True)
+                    continue
                 token = part.drawn.to(policy.device)[:, None]
                 drawn, drawn_ref = (x.gather(1, token)[:, 0] for x in (log_p, log_ref))
                 logp = part.place(drawn)
@@ -207,7 +215,7 @@ def backward(
                 )
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise Diverged(f"loss {value} on rows {index.tolist()}")
+                    fault = fault or f"loss {value} on rows {index.tolist()}"
                 loss.backward()
             totals["loss"] += value
             with torch.no_grad():
@@ -218,15 +226,19 @@ def backward(
                 totals[f"tokens_{zone}"] += float(mine[own].sum())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value
+    if fault:  # only now: other processes may need the passes of this one
+        raise Diverged(fault)
     return totals
 
 
-def micro_batches(decision: Decision, length: Tensor, size: int) -> list[list[Tensor]]:
-    """Row indices of micro-batches of `size` rows, each in parts of one mask. Long rows are sorted by length, which
-    saves padding; short ones stay by group, so that they share their prompts (`policy.pack`)."""
+def micro_batches(decision: Decision, length: Tensor, size: int, mine: Tensor | None = None) -> list[list[Tensor]]:
+    """Row indices of micro-batches of `size` rows, each in parts of one mask; only rows that are `mine` where that is
+    given. Long rows are sorted by length, which saves padding; short ones stay by group, so that they share their
+    prompts (`policy.pack`)."""
     _, mask = torch.stack((decision.m, decision.d), dim=1).unique(dim=0, return_inverse=True)
     order = torch.argsort(torch.where(length > PACK, length, 0), stable=True)
-    return [[rows[mask[rows] == kind] for kind in mask[rows].unique()] for rows in order.split(size)]
+    order = order if mine is None else order[mine[order]]
+    return [[rows[mask[rows] == kind] for kind in mask[rows].unique()] for rows in order.split(size) if len(rows)]
 
 
 def clip_blocks(policy: Policy, limit: float) -> dict[str, float]:
@@ -238,6 +250,11 @@ def clip_blocks(policy: Policy, limit: float) -> dict[str, float]:
         if not math.isfinite(norms[which]):
             raise Diverged(f"gradient norm of the {which} block is {norms[which]}")
     return norms
+
+
+def checksum(policy: Policy) -> float:
+    """A number that the weights of the adapter have in all processes, or they have drifted apart."""
+    return float(sum(p.detach().double().sum() for which in BLOCKS for p in policy.adapter.parameters(which)))
 
 
 def rows_of_pairs(policy: Policy, pairs: Sequence[Pair], side: str) -> Rows:
@@ -286,7 +303,8 @@ class Training:
     ) -> None:
         self.cfg, self.policy, self.env = cfg, policy, env
         self.arm = ARMS[cfg.arm](make_bench(cfg, policy, pairs, given))
-        self.engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
+        self.ranks = policy.ranks
+        self.engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter, self.ranks)
         parameters = policy.adapter.parameters("deployed") + policy.adapter.parameters("quarantine")
         self.optimizer = make_optimizer(cfg, parameters)
         self.step = 0  # steps done
@@ -319,7 +337,7 @@ class Training:
         plan = Plan(tuple(arm.render(p) for p in plan.prompts), plan.demos)
         with arm.around("sample"):
             drawn = generate(cfg, self.engine, plan, step, ablates=arm.ablates)
-        rollouts, graded = scored(drawn, self.env.grade(drawn))
+        rollouts, graded = scored(drawn, self.ranks.spread(self.env.grade, drawn, [r.group for r in drawn]))
         record = {"step": step, "lr": rate(cfg, step), "unscored": len(drawn) - len(rollouts)}
         if not rollouts:
             self._close(observer, record | NOTHING, [], [], uniform(0, "keep"), torch.zeros(0))
@@ -342,6 +360,7 @@ class Training:
                 sums = self._backward(batch, decision, advantage, live)
             said = self.arm.edit(self.policy.adapter)
             norms = clip_blocks(self.policy, self.cfg.clip)
+            self.ranks.check(lambda: (*norms.values(), checksum(self.policy)))
         except Diverged as fault:
             return dict.fromkeys(OF_GRADIENTS, math.nan) | {"skipped": str(fault)}
         tokens, total = max(1.0, sums["tokens"]), sum(norms.values())
@@ -360,14 +379,36 @@ class Training:
         }
 
     def _backward(self, batch: Batch, decision: Decision, advantage: Tensor, live: Tensor) -> dict[str, float]:
-        """`backward`, in micro-batches half the size whenever memory is short: the same update."""
+        """`backward`, in micro-batches half the size whenever memory is short: the same update. Sums and gradients are
+        those of all processes. Raises Diverged in all of them where one does."""
 
         def in_batches(size: int) -> dict[str, float]:
             self._clear_gradients()
             cfg = replace(self.cfg, micro_batch=size)
             return backward(cfg, self.policy, batch, decision, advantage, live) | {"micro_batch": size}
 
-        return fitting(min(self.cfg.micro_batch, batch.n), "the update", in_batches)
+        try:
+            size = min(self.cfg.micro_batch, batch.n)
+            own, fault = self.ranks.fitting(size, "the update", in_batches), ""
+        except Diverged as error:
+            own, fault = {}, str(error)
+        everyones = self.ranks.gather((own, fault))
+        if faults := [fault for _, fault in everyones if fault]:
+            raise Diverged(faults[0])
+        self._sum_gradients()
+        parts = [sums for sums, _ in everyones]
+        total = {key: sum(sums.get(key, 0.0) for sums in parts) for key in {key for sums in parts for key in sums}}
+        return total | {"micro_batch": min(sums["micro_batch"] for sums in parts)}
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all processes: one flat sum. A parameter has one where it has one in any process."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        has = torch.tensor([float(p.grad is not None) for p in parameters])
+        self.ranks.sum_([has])
+        trained = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.ranks.sum_([p.grad for p in trained])
 
     def _clear_gradients(self) -> None:
         # The optimizer leaves out what has no gradient, but moves by its moments what has a zero one. So it is the

@@ -191,6 +191,7 @@ class Adapter:
     ) -> None:
         self.model, self.modules, self.switch, self.detach = model, modules, switch, detach
         self.scale = dict.fromkeys(BLOCKS, 1.0)  # of each block in merged weights
+        self.merges = True  # False: no process has whole base weights to add blocks to
         self.widths = {name: module.bottleneck()[0].shape[0] for name, module in modules.items()}  # of c, per module
 
     @property
@@ -264,9 +265,10 @@ class Adapter:
         None: the model's.
 
         Into weights of fewer bits than float32 a delta would round otherwise than in the update: beside them the blocks
-        run as they are, at the cost of two thin products a module.
+        run as they are, at the cost of two thin products a module. So they do beside weights that are spread over
+        processes.
         """
-        if any(module.base.weight.dtype.itemsize < 4 for module in self.modules.values()):
+        if not self.merges or any(module.base.weight.dtype.itemsize < 4 for module in self.modules.values()):
             return self._as(replace(FLOWS[state], scale=tuple(self.scale[which] for which in BLOCKS)))
         with torch.no_grad():
             weights = {name: weight.to(dtype or weight.dtype) for name, weight in self._weights(state)}

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
 from vgrout.config import Config
+from vgrout.dist import ALONE, Ranks
 from vgrout.engines.base import Engine, Sample
 from vgrout.engines.torch_engine import TorchEngine
 from vgrout.engines.vllm_engine import VLLMEngine
@@ -16,9 +17,15 @@ ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def make_engine(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter) -> Engine:
+def make_engine(
+    cfg: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: Adapter,
+    ranks: Ranks = ALONE,
+) -> Engine:
     """The engine that `cfg` names, for a model with its adapter. Raises UserError where it cannot sample from it."""
-    return ENGINES[cfg.engine].of(cfg, model, tokenizer, adapter)
+    return ENGINES[cfg.engine].of(cfg, model, tokenizer, adapter, ranks)
 
 
 __all__ = ["ENGINES", "Engine", "Sample", "make_engine"]

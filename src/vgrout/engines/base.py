@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
 from vgrout.config import Config
+from vgrout.dist import ALONE, Ranks
 from vgrout.models.chat import end_tokens
 from vgrout.types import State
 
@@ -43,7 +44,14 @@ class Engine:
         self.ends = end_tokens(model, tokenizer)
 
     @classmethod
-    def of(cls, cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter) -> Engine:
+    def of(
+        cls,
+        cfg: Config,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        adapter: Adapter,
+        ranks: Ranks = ALONE,
+    ) -> Engine:
         """The engine that a configuration asks for. Raises UserError where it cannot run this adapter."""
         return cls(model, tokenizer, adapter)
 

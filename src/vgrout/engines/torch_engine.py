@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
+from vgrout.dist import ALONE, Ranks
 from vgrout.engines.base import Engine, Sample, by_state
-from vgrout.faults import fitting
 from vgrout.models.chat import encode_completion, encode_prompt
 from vgrout.types import State
 
@@ -26,19 +26,24 @@ __all__ = ["Sample", "TorchEngine", "encode_completion", "encode_prompt"]
 
 
 class TorchEngine(Engine):
-    """The default: the training model itself samples, on merged weights; at most `most` rows at once, 0: all."""
+    """The default: the training model itself samples, on merged weights; at most `most` rows at once, 0: all. Each of
+    several processes samples for its prompts."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Adapter, most: int = 0
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        adapter: Adapter,
+        most: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(model, tokenizer, adapter)
-        self.most, self.body, self.head = most, model.base_model, model.get_output_embeddings()
+        self.most, self.ranks, self.body, self.head = most, ranks, model.base_model, model.get_output_embeddings()
 
     @classmethod
-    def of(cls, cfg, model, tokenizer, adapter):
-        return cls(model, tokenizer, adapter, cfg.sample_batch)
+    def of(cls, cfg, model, tokenizer, adapter, ranks=ALONE):
+        return cls(model, tokenizer, adapter, cfg.sample_batch, ranks)
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -58,24 +63,33 @@ class TorchEngine(Engine):
         owner = [p for p, count in enumerate(counts) for _ in range(count)]  # the prompt of each row
         if not owner:
             return []
+        at = self.ranks.owners(owner).tolist()  # the process that samples each row
+        own = [i for i, process in enumerate(at) if process == self.ranks.rank]
 
         def in_batches(size: int) -> list[tuple[list[int], list[float]]]:
             out: list[tuple[list[int], list[float]]] = []
-            with self.adapter.merged(state):
-                for start in range(0, len(owner), size):
-                    rows = Counter(owner[start : start + size])  # how many of each prompt, in order
-                    u = uniforms[start : start + size]
-                    found = self._decode([prompts[p] for p in rows], list(rows.values()), max_new, temperature, u)
-                    out += zip(*found, strict=True)
+            batches = [own[start : start + size] for start in range(0, len(own), size)]
+            # What is collected of a sharded model in inference mode could not be used in training.
+            quiet = torch.no_grad() if self.ranks.sharded else torch.inference_mode()
+            with quiet, self.adapter.merged(state):
+                for batch, real in self.ranks.level(batches, [0]):
+                    rows = Counter(owner[i] for i in batch)  # how many of each prompt, in order
+                    asked = [prompts[p] for p in rows], list(rows.values())
+                    found = self._decode(*asked, max_new, temperature, uniforms[batch], real)
+                    if real:
+                        out += zip(*found, strict=True)
             return out
 
         samples = []
-        for row, logp in fitting(min(self.most or len(owner), len(owner)), "sampling", in_batches):
+        size = max(1, min(self.most or len(own), len(own)))
+        for row, logp in self.ranks.fitting(size, "sampling", in_batches):
             text = self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             samples.append(Sample(tuple(row), tuple(logp), text))
-        return samples
+        found = [iter(part) for part in self.ranks.gather(samples)]
+        return [next(found[process]) for process in at]
 
-    def _decode(self, prompts, counts, max_new, temperature, uniforms):
+    def _decode(self, prompts, counts, max_new, temperature, uniforms, real=True):
+        """`real` False: only to keep in step with other processes."""
         pad, device = self.tokenizer.pad_token_id, self.model.device
         ends, uniforms = torch.tensor(self.ends, device=device), uniforms.to(device)
         width = max(map(len, prompts))
@@ -97,11 +111,14 @@ class TorchEngine(Engine):
             token = self._draw(logp, uniforms[rows, t])
             chosen = logp.gather(1, token[:, None])[:, 0]
             for row, tok, lp in zip(rows.tolist(), token.tolist(), chosen.tolist(), strict=True):
-                tokens[row].append(tok)
-                logps[row].append(lp)
+                if real:
+                    tokens[row].append(tok)
+                    logps[row].append(lp)
             live = (~torch.isin(token, ends)).nonzero()[:, 0]
-            if len(live) == 0 or t == max_new - 1:
+            real = real and len(live) > 0
+            if t == max_new - 1 or not self.ranks.more(real):
                 break
+            live = live if real else rows.new_zeros(1)  # other processes need this one's passes
             if len(live) < len(token):
                 cache.reorder_cache(live)
                 seen, place, rows, token = seen[live], place[live], rows[live], token[live]

@@ -30,6 +30,7 @@ from torch import Tensor
 from vgrout.adapters.base import Adapter
 from vgrout.adapters.peft import lora, lora_config, lora_files, lora_rank, target_modules
 from vgrout.config import Config
+from vgrout.dist import ALONE, place
 from vgrout.engines.base import Engine, Sample, states_of
 from vgrout.faults import OutOfMemory, is_out_of_memory
 from vgrout.models.load import model_path
@@ -165,7 +166,7 @@ class VLLMEngine(Engine):
     settings: Settings
 
     @classmethod
-    def of(cls, cfg, model, tokenizer, adapter) -> Engine:
+    def of(cls, cfg, model, tokenizer, adapter, ranks=ALONE) -> Engine:
         engine = cls(model, tokenizer, adapter)
         rank = lora_rank(adapter, "full", NO_LORA)
         if rank > RANKS[-1]:
@@ -177,6 +178,8 @@ class VLLMEngine(Engine):
     def check(cfg: Config) -> None:
         if find_spec("vllm") is None:
             raise UserError("engine = vllm needs vLLM, on Linux with a GPU: pip install 'vgrout[vllm]'")
+        if place()[1] > 1:
+            raise UserError("engine = vllm samples for a run of one process: drop --engine, or torchrun")
         for name in ("temperature", "eval_temperature"):
             if getattr(cfg, name) < COLDEST:
                 raise UserError(f"{name} = {getattr(cfg, name)}: vLLM samples at {COLDEST} or above")

@@ -161,7 +161,7 @@ def read_splits(source: str) -> dict[str, list[Problem]]:
     files = files_of(source)
     if not files:
         raise UserError(
-            f"no problems at {source!r}: give micro, a .jsonl file, a folder with train, val and test.jsonl, or a .py file"
+            f"no problems at {source!r}: give micro, a .jsonl or .py file, or a folder with train, val and test.jsonl"
         )
     if len(files) == 1:
         (path,) = files

@@ -89,7 +89,7 @@ def sample_cell(
     prompts = [asked(env.prompt(id, family=cell.family, hinted=cell.hinted, draw=0)) for id in ids]
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
     uniforms = torch.rand((rollouts, cfg.max_new), generator=torch.Generator().manual_seed(UNIFORM_SEED))
-    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
+    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter, policy.ranks)
     state: State = cell.state if ablates else "full"
     samples: list = []
     block = max(1, SIZE // each[0])
@@ -116,7 +116,7 @@ def sample_cell(
         )
         for (k, i), s in zip(where, samples, strict=True)
     )
-    graded = env.grade(rows)
+    graded = policy.ranks.spread(env.grade, rows, [r.group for r in rows])
     return CellResult(cell, rows, tuple(g.reward for g in graded), tuple(g.sealed for g in graded))
 
 
@@ -125,6 +125,15 @@ def final(cfg: Config, policy: Policy, env: World, *, ablates: bool, split: str 
     suffice for."""
     n, ids = cfg.eval_rollouts, env.problems(split)
     return [sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=ablates) for cell in cells_of(env)]
+
+
+def small(cfg: Config, policy: Policy, env: World, *, ablates: bool) -> dict[str, dict]:
+    """The summary of each cell of a small evaluation on validation problems, by its name."""
+    n, ids, out = cfg.eval_small, env.problems("val"), {}
+    for cell in cells_of(env, SMALL):
+        result = sample_cell(cfg, policy, env, cell, problems=ids, rollouts=n, ablates=ablates)
+        out[cell.name] = summary(result, env)
+    return out
 
 
 def scaled(cfg: Config, policy: Policy, env: World, *, ablates: bool) -> dict[str, list[dict]]:

@@ -49,7 +49,7 @@ from vgrout.envs.grade import Verdict
 from vgrout.envs.task import NoVerdict
 from vgrout.faults import is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, PART, Checkpoint, replace_file, save, sync, write
-from vgrout.lab.evaluate import SMALL, CellResult, World, cells_of, final, sample_cell, scaled, summaries, summary
+from vgrout.lab.evaluate import CellResult, World, final, scaled, small, summaries
 from vgrout.lab.gatefile import NAME as GATE
 from vgrout.lab.gatefile import direction_of, gate_meta, save_gate
 from vgrout.lab.measure import auroc, f_beta
@@ -342,13 +342,8 @@ class Recorder:
 
     def evaluate(self, step: int) -> None:
         begun = time.monotonic()
-        row: dict = {"step": step}
-        for cell in cells_of(self.env, SMALL):
-            n = self.cfg.eval_small
-            ids = self.env.problems("val")
-            result = sample_cell(self.cfg, self.policy, self.env, cell, problems=ids, rollouts=n, ablates=self.ablates)
-            row[cell.name] = summary(result, self.env)
-        self._logs["evals"].write(row)
+        cells = small(self.cfg, self.policy, self.env, ablates=self.ablates)
+        self._logs["evals"].write({"step": step, **cells})
         self.seconds["eval"] += time.monotonic() - begun
 
     def checkpoint(self, step: int) -> None:
@@ -420,6 +415,34 @@ class Recorder:
             warn(f"{lost} lines of {self.out}'s logs were lost")
         for log in self._logs.values():
             log.close()
+
+
+class Companion:
+    """The observer in a process that writes nothing: it does its part of the evaluations."""
+
+    saved = None  # it keeps no checkpoint
+
+    def __init__(self, cfg: Config, policy: Policy, env: World) -> None:
+        self.cfg, self.policy, self.env = cfg, policy, env
+        self.ablates = ARMS[cfg.arm].ablates
+
+    def step(self, record, rollouts, graded, decision, advantage) -> None:
+        """The first process records it."""
+
+    def evaluate(self, step: int) -> None:
+        small(self.cfg, self.policy, self.env, ablates=self.ablates)
+
+    def checkpoint(self, step: int) -> None:
+        """The first process keeps the state, which is the same."""
+
+    def finish(self) -> dict:
+        cells = summaries(final(self.cfg, self.policy, self.env, ablates=self.ablates), self.env)
+        if self.cfg.eval_scales:
+            scaled(self.cfg, self.policy, self.env, ablates=self.ablates)
+        return cells
+
+    def close(self) -> None:
+        """It has opened nothing."""
 
 
 def measures(rollouts: Sequence[Rollout], graded: Sequence[Graded], decision: Decision) -> dict:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,7 @@ from vgrout.arms.base import EMPTY
 from vgrout.arms.monitors import ActivationScore
 from vgrout.arms.steering import Steering
 from vgrout.config import Config
+from vgrout.dist import ALONE, RankLost, Ranks, broken, joined, place
 from vgrout.engines import ENGINES, make_engine
 from vgrout.envs.micro_env import check_modes
 from vgrout.envs.problem_env import TEACHER, ProblemEnv, check_held, demonstrated, files_digest, read_splits
@@ -34,16 +35,17 @@ from vgrout.faults import OutOfMemory, is_out_of_memory, warn
 from vgrout.lab.checkpoint import FOLDER, Checkpoint, differences, discard_after, whole
 from vgrout.lab.evaluate import World
 from vgrout.lab.given import access, check_given, keeping, make_given
-from vgrout.lab.record import Recorder, check_folder, claim_folder, disown, finished, one_writer
+from vgrout.lab.record import Companion, Recorder, check_folder, claim_folder, disown, finished, one_writer
 from vgrout.lab.source import code_digest
 from vgrout.loop import Training, adapted
 from vgrout.method.judge import JudgeFailed
 from vgrout.method.policy import Policy
+from vgrout.method.shard import join
 from vgrout.models.chat import chat_facts, encode_prompt
 from vgrout.models.load import check_device, load_model, model_path, weights_digest
 from vgrout.pairs import digest, unclean
 from vgrout.pairs import load as load_pairs
-from vgrout.signals import Interrupted, heard
+from vgrout.signals import Interrupted, heard, held
 from vgrout.types import UserError
 
 MICRO = "micro"
@@ -78,6 +80,15 @@ def check(cfg: Config, *, trains: bool = True) -> None:
     check_device(cfg.device)
     if trains:
         check_given(cfg)
+        check_shard(cfg)
+
+
+def check_shard(cfg: Config) -> None:
+    """Raises UserError for a model that is to be in parts where there is one process, or none that can be."""
+    if cfg.shard and place()[1] == 1:
+        raise UserError("shard = true: start several processes, see docs/gpu.md, or drop --shard")
+    if cfg.shard and cfg.score_dtype != "model":
+        raise UserError("score_dtype is that of merged weights, which a model in parts has not: drop it, or --shard")
 
 
 def check_engine(cfg: Config) -> None:
@@ -140,9 +151,10 @@ def make_policy(cfg: Config) -> Policy:
     return _policy(cfg)[0]
 
 
-def _policy(cfg: Config) -> tuple[Policy, str]:
-    """The policy, and the digest of the weights under its adapter."""
-    how = {"dtype": cfg.dtype, "device": cfg.device, "attn": cfg.attn, "template": cfg.chat_template}
+def _policy(cfg: Config, ranks: Ranks = ALONE, *, shard: bool = False) -> tuple[Policy, str]:
+    """The policy, and the digest of the weights under its adapter. What is to be in parts is on the CPU until then."""
+    device = "cpu" if shard else ranks.device(cfg.device)
+    how = {"dtype": cfg.dtype, "device": device, "attn": cfg.attn, "template": cfg.chat_template}
     model, tokenizer = load_model(cfg.model, **how)
     weights = weights_digest(model)
     return adapted(cfg, model, tokenizer, load_pairs(cfg.pairs)), weights
@@ -160,13 +172,14 @@ def pairs_facts(cfg: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
-    """Everything that a run needs; the sandbox closes with it. Raises UserError where something does not load, and
-    SandboxError where the sandbox fails its self-test."""
+def workshop(cfg: Config, *, trains: bool = True, ranks: Ranks = ALONE) -> Iterator[Workshop]:
+    """Everything that a run needs; the sandbox closes with it. Each of several processes has its own, and talks to no
+    other here. Raises UserError where something does not load, and SandboxError where the sandbox fails its self-test.
+    """
     check(cfg, trains=trains)
     torch.set_num_threads(cfg.threads)
-    policy, weights = _policy(cfg)
-    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter)
+    policy, weights = _policy(cfg, ranks, shard=cfg.shard and trains)
+    engine = make_engine(cfg, policy.model, policy.tokenizer, policy.adapter, ranks)
     engine.start()
     given, own = make_given(cfg, weights) if trains else (EMPTY, {})
     facts = {
@@ -180,6 +193,7 @@ def workshop(cfg: Config, *, trains: bool = True) -> Iterator[Workshop]:
         **engine.facts(),
         **pairs_facts(cfg),
         **own,
+        **({"processes": ranks.world} if ranks.world > 1 else {}),
     }
     if not cfg.oracle:
         file = Path(cfg.env)
@@ -243,15 +257,25 @@ def run(cfg: Config, out: Path, *, force: bool = False, console: Console | None 
 
     Raises UserError, RunFailed, and Interrupted where somebody listens to signals: then its state is kept.
     """
-    check_folder(out, force=force)
-    with workshop(cfg) as shop:
-        claim_folder(out, force=force)  # only now: a model or a pool that does not load leaves nothing
+    with joined() as ranks, ExitStack() as open_:
+        ranks.first(lambda: check_folder(out, force=force))
+        shop = shared(cfg, ranks, open_)
+        ranks.first(lambda: claim_folder(out, force=force))  # only now: what does not load leaves nothing
         try:
-            with one_writer(out):
+            with ExitStack() as lock:
+                ranks.first(lambda: lock.enter_context(one_writer(out)))
                 return _run(cfg, out, shop, shop.provenance, None, console)
         except UserError:  # settings that the arm cannot be made from, for one
-            disown(out)
+            if ranks.leads:
+                disown(out)
             raise
+
+
+def shared(cfg: Config, ranks: Ranks, open_: ExitStack) -> Workshop:
+    """The workshop of a run that has one process, or of each of its processes. `open_` closes it."""
+    shop = ranks.agree(lambda: open_.enter_context(workshop(cfg, ranks=ranks)))
+    join(shop.policy, ranks, ranks.device(cfg.device), shard=cfg.shard)
+    return shop
 
 
 def resume(out: Path, *, allow_drift: bool = False, console: Console | None = None) -> dict:
@@ -262,20 +286,33 @@ def resume(out: Path, *, allow_drift: bool = False, console: Console | None = No
     """
     if not os.path.isdir(out):  # False, too, where it cannot be looked up
         raise UserError(f"no run at {out}")
-    with one_writer(out):
-        cfg = Config.read(out / "config.json")
-        if finished(out):
-            return json.loads((out / "eval.json").read_text())["cells"]
-        with workshop(cfg) as shop:
-            start = newest(out)
-            drifts = _drifts(out) if start else []
-            changed = differences(start.stamp, stamp(cfg, shop.provenance)) if start else []
-            if changed and not allow_drift:
-                raise UserError(f"{out} was made with other {', '.join(changed)}; --allow-drift goes on all the same")
-            if changed:
-                drifts.append({"step": start.step, "changed": changed})
-            provenance = {**shop.provenance, **({"drift": drifts} if drifts else {})}
-            return _run(cfg, out, shop, provenance, start, console)
+    with joined() as ranks, ExitStack() as open_:
+        ranks.first(lambda: open_.enter_context(one_writer(out)))
+        cfg = ranks.first(lambda: Config.read(out / "config.json"))
+        if cells := ranks.first(lambda: results_of(out)):
+            return cells
+        shop = shared(cfg, ranks, open_)
+        start, provenance = ranks.first(lambda: continued(out, cfg, shop, allow_drift=allow_drift))
+        return _run(cfg, out, shop, provenance, start, console)
+
+
+def results_of(out: Path) -> dict | None:
+    """The cells of a run that is finished."""
+    return json.loads((out / "eval.json").read_text())["cells"] if finished(out) else None
+
+
+def continued(
+    out: Path, cfg: Config, shop: Workshop, *, allow_drift: bool
+) -> tuple[Checkpoint | None, Mapping[str, Any]]:
+    """Where a run goes on, and its provenance from there. Raises UserError as `resume` does."""
+    start = newest(out)
+    drifts = _drifts(out) if start else []
+    changed = differences(start.stamp, stamp(cfg, shop.provenance)) if start else []
+    if changed and not allow_drift:
+        raise UserError(f"{out} was made with other {', '.join(changed)}; --allow-drift goes on all the same")
+    if changed:
+        drifts.append({"step": start.step, "changed": changed})
+    return start, {**shop.provenance, **({"drift": drifts} if drifts else {})}
 
 
 def stamp(cfg: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,9 +347,11 @@ def _run(
     start: Checkpoint | None,
     console: Console | None,
 ) -> dict:
+    leads = shop.policy.ranks.leads
+    console = console if leads else None
     if console is not None:
         console.print(header(shop.provenance), markup=False, highlight=False, soft_wrap=True)
-    with keeping(shop.given, cfg, out) as given:
+    with keeping(shop.given, cfg, out) if leads else nullcontext(shop.given) as given:
         return _train(cfg, out, shop, given, provenance, start, console)
 
 
@@ -330,18 +369,28 @@ def _train(
         training.restore(start.state)
         if console is not None:
             console.print(f"going on after step {start.step}", highlight=False)
-    shared = stamp(cfg, shop.provenance)
     try:
-        discard_after(out / FOLDER, start.step if start else -1)
-        recorder = Recorder(
-            cfg, shop.policy, shop.env, out, provenance, state=training.state, stamp=shared, start=start
-        )
+        if shop.policy.ranks.leads:
+            discard_after(out / FOLDER, start.step if start else -1)
+            kept = {"state": training.state, "stamp": stamp(cfg, shop.provenance), "start": start}
+            recorder = Recorder(cfg, shop.policy, shop.env, out, provenance, **kept)
+        else:
+            recorder = Companion(cfg, shop.policy, shop.env)
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror}") from None
 
     def goes_on() -> str:
         kept = f"{recorder.saved or 0} of {cfg.steps} steps are kept"
         return f"{kept}; go on with `vgrout train --resume {out}`"
+
+    def gone(lost: RankLost) -> RankLost:
+        """What is said of another process that ended. A signal that comes meanwhile does not keep it from being said:
+        whoever started the processes ends them all."""
+        with held():
+            if training.begun:
+                recorder.checkpoint(training.step)
+            said = lost.said or not shop.policy.ranks.leads
+            raise RankLost(f"step {training.step}: {lost}: {goes_on()}", said=said)
 
     try:
         training.run(recorder)
@@ -354,10 +403,14 @@ def _train(
         if training.begun:  # what an arm does before the first step is whole, or starts anew
             recorder.checkpoint(training.step)
         raise OutOfMemory(f"step {training.step}: {short}: {goes_on()}") from None
+    except RankLost as lost:
+        raise gone(lost) from None
     except JudgeFailed as silent:  # it is asked before a step changes anything
         recorder.checkpoint(training.step)
         raise JudgeFailed(f"step {training.step}: {silent}: {goes_on()}") from None
     except (MemoryError, RuntimeError) as error:
+        if broken(error) and shop.policy.ranks.world > 1:
+            raise gone(RankLost("another process of the run has ended or does not answer")) from error
         if not is_out_of_memory(error):
             raise
         # Perhaps in the midst of an update: no state to save.

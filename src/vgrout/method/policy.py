@@ -7,7 +7,7 @@ widest bottleneck of the model; a narrower one has zeros behind its own entries,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vgrout.adapters.base import Adapter
-from vgrout.faults import fitting
+from vgrout.dist import ALONE, Ranks
 from vgrout.method.prefix import by_prompt, shared_c_gradients, stacked
 from vgrout.models.attention import SHARED_HEADS
 from vgrout.types import State
@@ -150,12 +150,22 @@ def _sequences(lengths: Sequence[int]) -> list[list[int]]:
     return sorted(sequences)
 
 
+def prompt_keys(rows: Rows) -> list[tuple[int, ...]]:
+    """The tokens before each row's completion."""
+    starts = (rows.length - rows.completion.sum(1)).tolist()
+    return [tuple(row[:start]) for row, start in zip(rows.tokens.tolist(), starts, strict=True)]
+
+
+def fitting_rows(ranks: Ranks, rows: Rows, most: int, what: str, work: Callable[[Rows, int], Tensor]) -> Tensor:
+    return ranks.fitting(min(most, len(rows.length)), what, lambda size: work(rows, size))
+
+
 class Policy:
     """Model, tokenizer and adapter as one thing that training and measuring share.
 
     Rows come and scores leave on the CPU; logits, and the log-probabilities that have a gradient, are on the model's
     device. `recomputed` are layers that run again in the backward pass instead of keeping what it needs
-    (`models.load.recomputing`).
+    (`models.load.recomputing`). `ranks` are the processes that share the work on rows (`method/shard.py`).
     """
 
     def __init__(
@@ -170,7 +180,7 @@ class Policy:
     ) -> None:
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.body, self.output, self.device = model.base_model, model.get_output_embeddings(), model.device
-        self.recomputed = tuple(recomputed)
+        self.recomputed, self.ranks = tuple(recomputed), ALONE
         self.temperature, self.score_batch = temperature, score_batch
         self.score_dtype = score_dtype  # of the products with merged weights in c-gradients and activations
         text = model.config.get_text_config()
@@ -226,14 +236,13 @@ class Policy:
         micro-batches are smaller, and the result is the same up to rounding. Raises OutOfMemory where not even one row
         fits.
         """
-        n = len(rows.length)
-        return fitting(min(self.score_batch, n), "scoring", lambda size: self._c_gradients(rows, state, size))
+        return self.shared(rows, "scoring", lambda own, size: self._c_gradients(own, state, size))
 
     def _c_gradients(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
         width = max(self.adapter.widths.values())
         out = torch.zeros(len(rows.length), len(self.adapter.modules), width)
         # One row behind its own prompt takes the least memory, and layers that run again keep no states to share.
-        shares = self.packs and size > 1 and not self.recomputed
+        shares = self.packs and size > 1 and not self.recomputed and not self.ranks.sharded
         alone, classes = by_prompt(rows) if shares else (range(len(rows.length)), [])
         with self.adapter.merged(state, self.score_dtype):
             for groups in classes:
@@ -241,11 +250,11 @@ class Policy:
                     index, grads = shared_c_gradients(self, rows, groups[first : first + size], size)
                     out[index] = grads.cpu()
             alone = torch.tensor(alone, dtype=torch.long)
-            for part in alone[torch.argsort(rows.length[alone], stable=True)].split(size):
-                if len(part):
-                    with self.adapter.probe(len(part)) as probes:
-                        grads = torch.autograd.grad(self.nll(rows.take(part)).sum(), list(probes.values()))
-                    out[part] = stacked(grads, width).cpu()
+            parts = alone[torch.argsort(rows.length[alone], stable=True)].split(size) if len(alone) else ()
+            for part, _ in self.ranks.level(parts, torch.tensor([0])):  # a row's value is the same a second time
+                with self.adapter.probe(len(part)) as probes:
+                    grads = torch.autograd.grad(self.nll(rows.take(part)).sum(), list(probes.values()))
+                out[part] = stacked(grads, width).cpu()
         return out
 
     def activations(self, rows: Rows, state: State) -> Float[Tensor, "N M R"]:
@@ -254,8 +263,31 @@ class Policy:
 
         Where memory is short the micro-batches are smaller. Raises OutOfMemory where not even one row fits.
         """
-        n = len(rows.length)
-        return fitting(min(self.score_batch, n), "scoring", lambda size: self._activations(rows, state, size))
+        return self.shared(rows, "scoring", lambda own, size: self._activations(own, state, size))
+
+    def shared(
+        self, rows: Rows, what: str, work: Callable[[Rows, int], Float[Tensor, "K *S"]]
+    ) -> Float[Tensor, "N *S"]:
+        """One value a row. `work` gives them for some rows, so many at a time; each process does those of its prompts.
+
+        Where memory is short that many are fewer. Raises OutOfMemory, which says `what`, where one row does not fit.
+        """
+        ranks = self.ranks
+        if ranks.world == 1:
+            return fitting_rows(ranks, rows, self.score_batch, what, work)
+        owner = ranks.owners(prompt_keys(rows))
+        own, found = (owner == ranks.rank).nonzero()[:, 0], None
+        if len(own):
+            found = fitting_rows(ranks, rows.take(own), self.score_batch, what, work)
+        elif ranks.sharded:
+            fitting_rows(ranks, rows.take(torch.tensor([0])), self.score_batch, what, work)
+        parts = ranks.gather(found)
+        shape, dtype = next((part.shape[1:], part.dtype) for part in parts if part is not None)
+        out = torch.zeros(len(owner), *shape, dtype=dtype)
+        for k, part in enumerate(parts):
+            if part is not None:
+                out[owner == k] = part
+        return out
 
     @torch.no_grad()
     def _activations(self, rows: Rows, state: State, size: int) -> Float[Tensor, "N M R"]:
@@ -267,7 +299,8 @@ class Policy:
             for m, (module, _) in enumerate(factors):
                 read = partial(lambda m, module, args: seen.update({m: args[0]}), m)
                 hooks.callback(module.register_forward_pre_hook(read).remove)
-            for index in torch.argsort(rows.length, stable=True).split(size):
+            batches = torch.argsort(rows.length, stable=True).split(size)
+            for index, _ in self.ranks.level(batches, torch.tensor([0])):
                 part = rows.take(index)
                 share = (part.completion / part.completion.sum(1, keepdim=True))[:, None].to(self.device)
                 self.body(input_ids=part.tokens.to(self.device), use_cache=False)
@@ -289,19 +322,24 @@ class Policy:
         cut. `grad` of the parameters is left alone. Where memory is short the micro-batches are smaller. Raises
         OutOfMemory where not even one row fits.
         """
-        n = len(rows.length)
+        owner = self.ranks.owners(prompt_keys(rows))
+        own = (owner == self.ranks.rank).nonzero()[:, 0]
         names, parameters = zip(*self.adapter.named(which), strict=True)
         one, weight = torch.ones(1), weight.to(self.device)
 
         def in_batches(size: int) -> tuple[Tensor, list[Tensor]]:
             value, total = torch.zeros((), device=self.device), [torch.zeros_like(p) for p in parameters]
-            for index in torch.argsort(rows.length, stable=True).split(size):
+            batches = own[torch.argsort(rows.length[own], stable=True)].split(size) if len(own) else ()
+            for index, real in self.ranks.level(batches, torch.tensor([0])):
                 with self.adapter.deployed() if which == "deployed" else self.adapter.routed(one, one):
                     loss = (weight[index] * self.nll(rows.take(index))).sum()
                     found = torch.autograd.grad(loss, parameters)
-                value = value + loss.detach()
-                total = [t + g for t, g in zip(total, found, strict=True)]
+                if real:
+                    value = value + loss.detach()
+                    total = [t + g for t, g in zip(total, found, strict=True)]
             return value, total
 
-        value, total = fitting(min(self.score_batch, n), "the pairs' gradients", in_batches)
+        size = max(1, min(self.score_batch, len(own)))
+        value, total = self.ranks.fitting(size, "the pairs' gradients", in_batches)
+        self.ranks.sum_([value, *total])
         return value, dict(zip(names, total, strict=True))

@@ -18,8 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from vgrout.faults import fitting
-from vgrout.method.policy import Policy, Rows, stack
+from vgrout.method.policy import Policy, Rows, prompt_keys, stack
 from vgrout.types import State, UserError
 
 Pool = Literal["resp_last", "resp_mean", "prompt_last"]
@@ -73,8 +72,7 @@ def residuals(
 
 def prompts_of(rows: Rows) -> tuple[Rows, Int[Tensor, N]]:
     """The distinct prompts of some rows, without completions, and the index of each row's prompt among them."""
-    starts = rows.length - rows.completion.sum(1)
-    keys = [tuple(row[:start]) for row, start in zip(rows.tokens.tolist(), starts.tolist(), strict=True)]
+    keys = prompt_keys(rows)
     index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return stack(list(index), [()] * len(index), 0), torch.tensor([index[key] for key in keys])
 
@@ -92,12 +90,13 @@ def _residuals(
 ) -> Float[Tensor, "N K H"]:
     """`share` says what part [N, L] each token has in a row's value."""
 
-    def in_batches(size: int) -> Tensor:
+    def in_batches(own: Rows, size: int) -> Tensor:
         out: Tensor | None = None
         context = policy.adapter.reference() if state is None else policy.adapter.merged(state)
         with torch.no_grad(), context:
-            for index in torch.argsort(rows.length, stable=True).split(size):
-                part, seen = rows.take(index), {}
+            batches = torch.argsort(own.length, stable=True).split(size)
+            for index, _ in policy.ranks.level(batches, torch.tensor([0])):
+                part, seen = own.take(index), {}
 
                 def keep(number: int, seen=seen) -> Callable[[Tensor], Tensor]:
                     return lambda h: seen.setdefault(number, h)
@@ -105,8 +104,8 @@ def _residuals(
                 with edited(policy.model, {number: keep(number) for number in layers}):
                     policy.body(input_ids=part.tokens.to(policy.device), use_cache=False)
                 pooled = torch.stack([share(part)[:, None] @ seen[n].float().cpu() for n in layers], 1)[:, :, 0]
-                out = pooled.new_zeros(len(rows.length), *pooled.shape[1:]) if out is None else out
+                out = pooled.new_zeros(len(own.length), *pooled.shape[1:]) if out is None else out
                 out[index] = pooled
         return out
 
-    return fitting(min(policy.score_batch, len(rows.length)), "reading activations", in_batches)
+    return policy.shared(rows, "reading activations", in_batches)

@@ -17,7 +17,8 @@ class Opinion(Monitor):
     needs = ("judge",)
 
     def read(self, step, batch, oracle):
-        flagged = torch.tensor(self.bench.given.judge.flags(batch.texts)).float()
+        judge = self.bench.given.judge
+        flagged = torch.tensor(self.bench.policy.ranks.first(lambda: judge.flags(batch.texts))).float()
         return Decision(
             m=flagged,
             d=flagged,
