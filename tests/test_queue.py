@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -62,7 +64,9 @@ def until(true, seconds=20.0):
         (WHY, RESOLVE, [], ["behind a --"]),
         (WHY, RESOLVE, ["no-such-program-here"], ["no-such-program-here"]),
         (WHY, RESOLVE, ["sh", "-c", "a\0b"], ["NUL"]),
-        (WHY, RESOLVE, ["vgrout", "queue", "run"], ["cannot run the queue"]),
+        (WHY, RESOLVE, ["sh", "-c", "true \udcff"], ["UTF-8"]),
+        (WHY + "\x1b[2J", RESOLVE, ["true"], ["--why", "cannot be shown"]),
+        (WHY, RESOLVE, ["vgrout", "queue", "run"], ["cannot run a queue"]),
     ],
 )
 def test_an_entry_that_lacks_something_is_refused(queue, why, resolve, command, words):
@@ -159,6 +163,57 @@ def test_a_signal_goes_on_to_the_job_once_and_the_outcome_is_kept(queue, tmp_pat
     assert runner.exitcode == 130 and (tmp_path / "told").read_text() == "told\n"
     first, second = entries(queue)
     assert (first.state, first.code, first.by, second.state) == ("interrupted", 5, "SIGINT", "waiting")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_that_a_job_started(queue, tmp_path, number):
+    put(queue, "sh -c 'echo $$ > inner; sleep 60; echo late > late'; true")
+    put(queue, "true")
+
+    def interrupted():
+        try:
+            work(queue)
+        except Interrupted as stop:
+            os._exit(128 + stop.number)
+
+    runner = FORK.Process(target=interrupted)
+    runner.start()
+    until(lambda: (tmp_path / "inner").exists() and (tmp_path / "inner").read_text())
+    os.kill(runner.pid, number)
+    runner.join(20)
+    assert runner.exitcode == 128 + number and not (tmp_path / "late").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "inner").read_text()), 0)
+    assert states(queue) == ["interrupted", "waiting"]
+
+
+def test_jobs_run_without_a_terminal_and_without_their_folder_of_logs(queue, tmp_path, capsys):
+    for i in (1, 2):
+        put(queue, f"echo {i} >> turn")
+    (queue / "logs").rmdir()
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # its own close fails
+        assert run(queue, Console(file=full)) == 0
+    assert (tmp_path / "turn").read_text().split() == ["1", "2"] and states(queue) == ["finished"] * 2
+    put(queue, "echo 3 >> turn")
+    shutil.rmtree(queue / "logs")
+    (queue / "logs").touch()  # no folder
+    assert work(queue)[0] == 1 and states(queue)[2] == "failed" and "was not started" in capsys.readouterr().err
+    assert entries(queue)[2].code == queue_module.NOT_STARTED
+
+
+def test_an_outcome_that_cannot_be_written_is_said(queue, monkeypatch):
+    put(queue, "exit 3")
+    writing, calls = queue_module._writing, []
+
+    def fails(folder):
+        calls.append(folder)
+        if len(calls) == 3:  # after `_close_lost` and `_next`
+            raise UserError("cannot write it")
+        return writing(folder)
+
+    monkeypatch.setattr(queue_module, "_writing", fails)
+    with pytest.raises(RunFailed, match="job 1 ended with exit code 3 after .*, but cannot write it"):
+        work(queue)
 
 
 def test_what_a_job_leaves_behind_does_not_hold_the_queue(queue, tmp_path):
@@ -281,14 +336,19 @@ def test_a_pueue_that_takes_nothing_leaves_the_job_waiting(queue, tmp_path, body
         (["add", "--why", WHY, "--resolve", RESOLVE], 2, ["behind a --"]),
         (["add", "--why", WHY, "--resolve", RESOLVE, "--"], 2, ["behind a --"]),
         (["add", "--why", WHY, "--resolve", RESOLVE, "true", "--steps", "3"], 2, ["behind a --"]),
-        (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "train", "--arm", "rooteV"], 2, ["rooteV"]),
+        (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "train", "--steps", "3"], 2, ["--out"]),
+        (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "decide", "--arms", "x"], 2, ["unknown arm 'x'"]),
         (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "train", "--stepz", "3"], 2, ["--stepz"]),
         (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "sweep", "--arms", "x"], 2, ["unknown arm 'x'"]),
         (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "trian"], 2, ["trian"]),
         (["show", "1"], 2, ["no queue"]),
         (["run"], 2, ["no queue"]),
         (["again", "one"], 2, ["one"]),
-        (["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "train", "--preset", "smoke"], 0, ["job 1"]),
+        (
+            ["add", "--why", WHY, "--resolve", RESOLVE, "--", "vgrout", "train", "--preset", "smoke", "--out", "x"],
+            0,
+            ["job 1"],
+        ),
     ],
 )
 def test_the_command_line(queue, monkeypatch, capfd, args, code, words):

@@ -176,8 +176,7 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         from vgrout.lab import run as work
         from vgrout.lab.track import beside
 
-        if (out is None) == (resume is None):
-            raise UserError("give --out for a new run, or --resume for an interrupted one")
+        check_target(out, resume)
         if allow_drift and resume is None:
             raise UserError("--allow-drift goes with --resume")
         first = place()[0] == 0  # of several processes, the one that writes and speaks
@@ -953,6 +952,12 @@ def _prepared(args: list[str], queued: Sequence[str] = ()) -> tuple[dict, list[s
     return known, args
 
 
+def check_target(out: Path | None, resume: Path | None) -> None:
+    """Raises UserError where a run has no folder, or two."""
+    if (out is None) == (resume is None):
+        raise UserError("give --out for a new run, or --resume for an interrupted one")
+
+
 def check_command(args: Sequence[str]) -> None:
     """Parse a command of vgrout without running it, so that a slip shows before its turn comes. Raises UserError;
     SystemExit, once the mistake is on stderr, where the parser objects."""
@@ -964,10 +969,16 @@ def check_command(args: Sequence[str]) -> None:
     known, own = _prepared(own, rest)
     hollowed = {name: hollow(function) for name, function in known.items()}
     function, named = tyro.extras.subcommand_cli_from_dict(hollowed, args=own, prog="vgrout")
-    if function is known["train"] and named["resume"] is None:
+    if function is known["train"]:
         from vgrout.lab.run import check
 
-        check(named["cfg"])
+        check_target(named["out"], named["resume"])
+        if named["resume"] is None:
+            check(named["cfg"])
+    if function is known["decide"]:
+        from vgrout.lab.grid import named as variants
+
+        variants(named["arms"])
     if function is known["sweep"]:
         from vgrout.lab.sweep import sweep_jobs
 

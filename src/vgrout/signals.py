@@ -59,6 +59,11 @@ def held() -> Iterator[None]:
     _raise_due()
 
 
+def waiting() -> int:
+    """The signal that came in a section that is held, and is raised at its end; 0: none."""
+    return _Bell.rung if _Bell.due else 0
+
+
 def heard() -> None:
     """Interrupted has been caught: what follows may end in peace. A second signal still ends the process at once."""
     _Bell.due = False

@@ -19,6 +19,7 @@ Does not cover: a folder on a file system without locks; a job's own children th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -39,9 +40,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from vgrout.faults import warn
 from vgrout.lab.record import Log
 from vgrout.lab.tables import number_table, print_wide
-from vgrout.signals import Interrupted, held, listening
+from vgrout.signals import Interrupted, held, listening, waiting
 from vgrout.types import RunFailed, UserError
 
 LOG, LOGS, RUNNER = "queue.jsonl", "logs", "runner"
@@ -49,6 +51,7 @@ PUEUE = "pueue"
 PUEUE_S = 60.0  # seconds that pueue may take to answer
 LAST_LINES, LAST_BYTES = 20, 4096  # of a job's output that its record keeps
 PATIENCE_S = 1.0  # a reader that asks whether a runner is at work holds its lock for an instant
+POLL_S = 0.05  # between looks at a job
 NOT_STARTED = 127  # exit code of a command that could not be started, as a shell has it
 PR_SET_PDEATHSIG = 1
 
@@ -169,7 +172,7 @@ def _writing(queue: Path) -> Iterator[tuple[dict[int, Entry], Callable[..., None
 def _open(queue: Path) -> None:
     """Make the folder of a queue. Raises UserError where it is something else."""
     try:
-        if queue.is_dir() and not (queue / LOG).exists() and any(queue.iterdir()):
+        if queue.is_dir() and not (queue / LOG).exists() and any(p.name not in (LOGS, RUNNER) for p in queue.iterdir()):
             raise UserError(f"{queue} holds something else than a queue: give another --queue")
         (queue / LOGS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -203,6 +206,8 @@ def _said(text: str, flag: str, what: str) -> str:
     line = " ".join(text.split())
     if not any(c.isalpha() for c in line):
         raise UserError(f'{flag} "...": {what}')
+    if not line.isprintable():
+        raise UserError(f"{flag} has characters in it that cannot be shown")
     return line
 
 
@@ -220,10 +225,14 @@ def add(queue: Path, why: str, resolve: str, command: Sequence[str]) -> int:
         )
     if any("\0" in word for word in command):
         raise UserError("the command has a NUL character in it")
+    try:
+        "".join([*command, str(Path.cwd())]).encode()
+    except UnicodeEncodeError:
+        raise UserError("the command, or the name of this folder, is no text in UTF-8") from None
     if command[0] != "vgrout" and shutil.which(command[0]) is None:
         raise UserError(f"no program {command[0]!r} can be started from here")
     if tuple(command[:3]) == ("vgrout", "queue", "run"):
-        raise UserError("a job cannot run the queue that it waits in")
+        raise UserError("a job cannot run a queue")
     _open(queue)
     with _writing(queue) as (known, append):
         job = max(known, default=0) + 1
@@ -289,8 +298,9 @@ def _runner(queue: Path, wait: bool) -> Iterator[int]:
                 holder = file.read().decode(errors="replace").strip() or "another process"
                 raise UserError(f"{queue} is in use by {holder}: it takes what is added to the queue") from None
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # a full disk: then nobody can read who it is
+                file.truncate(0)
+                file.write(f"process {os.getpid()}\n".encode())
             yield file.fileno()
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # also where something that a job left behind has inherited it
@@ -325,27 +335,40 @@ def _argv(command: Sequence[str]) -> list[str]:
 
 
 def _work(queue: Path, entry: Entry, lock: int) -> tuple[int, str]:
-    """Run a job to its end. Exit code, and the name of the signal that the runner got meanwhile, which went on to the
-    job."""
-    with (queue / entry.log).open("ab", buffering=0) as log:
-        log.write(f"$ cd {shlex.quote(entry.folder)} && {entry.line}\n".encode())
-        # A group of its own: a terminal's Ctrl-C comes from here, and once.
-        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "process_group": 0}
-        how |= {"cwd": entry.folder, "pass_fds": (lock,), "preexec_fn": _with_runner}
-        process = None
-        try:
-            with held():  # no process that nobody knows of
+    """Run a job to its end. Exit code, and the name of the signal that the runner got meanwhile, at which the job gets
+    what Ctrl-C in a terminal would send it. The caller holds signals back."""
+    try:
+        with (queue / entry.log).open("ab", buffering=0) as log:
+            log.write(f"$ cd {shlex.quote(entry.folder)} && {entry.line}\n".encode(errors="backslashreplace"))
+            # A group of its own: a terminal's Ctrl-C comes from here, and once.
+            how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "process_group": 0}
+            how |= {"cwd": entry.folder, "pass_fds": (lock,), "preexec_fn": _with_runner}
+            try:
                 process = subprocess.Popen(_argv(entry.command), **how)
-            code, by = process.wait(), ""
-        except OSError as error:
-            log.write(f"could not be started: {error}\n".encode())
-            return NOT_STARTED, ""
-        except Interrupted as stop:
-            if process is None:
-                return 128 + stop.number, signal.Signals(stop.number).name
-            process.send_signal(stop.number)
-            code, by = process.wait(), signal.Signals(stop.number).name
+            except OSError as error:
+                log.write(f"could not be started: {error}\n".encode())
+                return NOT_STARTED, ""
+    except OSError as error:
+        warn(f"job {entry.job} was not started: {queue / entry.log} cannot be written: {error.strerror}")
+        return NOT_STARTED, ""
+    by = ""
+    while process.poll() is None or by and _group_lives(process.pid):
+        if not by and (number := waiting()):
+            by = signal.Signals(number).name
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+        time.sleep(POLL_S)
+    code = process.returncode
     return (code if code >= 0 else 128 - code), by
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
 
 
 def _next(queue: Path, only: int | None) -> Entry | None:
@@ -358,6 +381,8 @@ def _next(queue: Path, only: int | None) -> Entry | None:
             return None
         entry = due[0]
         entry = replace(entry, log=f"{LOGS}/{entry.job:04d}-{entry.attempts + 1}.log")
+        with contextlib.suppress(OSError):  # what cannot be written shows when the log is opened
+            (queue / LOGS).mkdir(exist_ok=True)
         append("started", entry.job, process=os.getpid(), log=entry.log)
         return entry
 
@@ -376,17 +401,7 @@ def run_here(queue: Path, console: Console, only: int | None = None) -> int:
     failed = False
     with _runner(queue, wait=only is not None) as lock:
         _close_lost(queue)
-        while (entry := _next(queue, only)) is not None:
-            _say(console, f"job {entry.job}: {entry.why}\n  $ {entry.line}\n  output in {queue / entry.log}")
-            begun = time.monotonic()
-            code, by = _work(queue, entry, lock)
-            seconds = round(time.monotonic() - begun, 2)
-            with _writing(queue) as (_, append):
-                more = {"by": by} if by else {}
-                append("interrupted" if by else "ended", entry.job, **_outcome(queue, entry, code, seconds), **more)
-            if by:
-                raise Interrupted(signal.Signals[by].value, f"job {entry.job} was interrupted by {by}")
-            _say(console, f"  exit code {code} after {_span(seconds)}; to judge: {entry.resolve}")
+        while (code := _one(queue, console, lock, only)) is not None:
             failed |= code != 0
             if only is not None:
                 break
@@ -394,6 +409,31 @@ def run_here(queue: Path, console: Console, only: int | None = None) -> int:
             if only is not None:
                 _say(console, f"job {only} neither waits nor was handed over: nothing to run")
     return 1 if failed else 0
+
+
+def _one(queue: Path, console: Console, lock: int, only: int | None) -> int | None:
+    """Take a job, run it and write down what came out, which no signal splits. Its exit code; None where there is no
+    job to take."""
+    with held():
+        entry = _next(queue, only)
+        if entry is None:
+            return None
+        _tell(console, f"job {entry.job}: {entry.why}\n  $ {entry.line}\n  output in {queue / entry.log}")
+        begun = time.monotonic()
+        code, by = _work(queue, entry, lock)
+        seconds = round(time.monotonic() - begun, 2)
+        try:
+            with _writing(queue) as (_, append):
+                more = {"by": by} if by else {}
+                append("interrupted" if by else "ended", entry.job, **_outcome(queue, entry, code, seconds), **more)
+        except (UserError, RunFailed) as error:
+            raise RunFailed(
+                f"job {entry.job} ended with exit code {code} after {_span(seconds)}, but {error}"
+            ) from None
+        if by:
+            raise Interrupted(signal.Signals[by].value, f"job {entry.job} was interrupted by {by}")
+        _tell(console, f"  exit code {code} after {_span(seconds)}; to judge: {entry.resolve}")
+        return code
 
 
 def hand_over(queue: Path, console: Console, pueue: str) -> int:
@@ -436,9 +476,9 @@ def _add_to_pueue(pueue: str, queue: Path, entry: Entry) -> str:
 
 def run(queue: Path, console: Console, *, local: bool = False, job: int | None = None) -> int:
     """Run what waits: through pueue where that is installed, unless it is to be `local`. Raises UserError."""
-    waiting = entries(queue)
+    known = {entry.job: entry for entry in entries(queue)}
     if job is not None:
-        _entry({entry.job: entry for entry in waiting}, queue, job)
+        _entry(known, queue, job)
     pueue = None if local or job is not None else shutil.which(PUEUE)
     with listening():
         return run_here(queue, console, job) if pueue is None else hand_over(queue, console, pueue)
@@ -449,6 +489,12 @@ def run(queue: Path, console: Console, *, local: bool = False, job: int | None =
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(console: Console, text: str) -> None:
+    """Say it, if somebody still listens: jobs go on without the terminal that they were started from."""
+    with contextlib.suppress(OSError, SystemExit):  # rich ends the process where a pipe has no reader
+        _say(console, text)
 
 
 def _span(seconds: float | None) -> str:
