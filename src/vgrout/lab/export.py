@@ -193,7 +193,7 @@ def export(
     if merged:
         rank, error = None, merge(model, adapter, live, DTYPES[dtype])
     else:
-        rank = lora_rank(adapter, live, "export it with --merged")
+        rank = lora_rank(adapter, live, "export it with --merged, or train with a lower --rank")
         tensors, error = lora(adapter, live, rank, DTYPES[dtype])
     said |= {"rank": rank, "delta_error": float(f"{error:.3g}")}
     with placed(out, sources, force=force) as part:

@@ -49,7 +49,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("detach", "adapters/base.py", "Flow(quarantine=runs, detach=self.detach,", "Flow(quarantine=runs,"),
     Mutation("models", "adapters/base.py", "x.unflatten(0, self.switch.shape)", "x[:, None]", True),
-    Mutation("models", "method/policy.py", 'set(kinds) <= {"full_attention"}', "True"),
     Mutation(
         "models", "adapters/base.py", "scale * self.block(x, which, fixed=True)", "self.block(x, which, fixed=True)"
     ),
