@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -69,18 +71,30 @@ def test_newest_first_with_links(journal, small_run, tmp_path):
         ({"finding": "\n"}, ["--finding says nothing"]),
         ({"finding": "x <!-- vgrout entry 9"}, ["comments"]),
         ({"finding": "x\n## 7. Another entry"}, ["heading"]),
+        ({"finding": "x\n   ### Three"}, ["'   ### Three' would be a heading"]),
+        ({"finding": "x\n#"}, ["'#' would be a heading"]),
+        ({"finding": "A heading\n==="}, ["'===' would make a heading of 'A heading'"]),
+        ({"finding": "x\n\nA heading\n  -  \nmore"}, ["would make a heading of 'A heading'"]),
+        ({"finding": "x\n```python\ny = 1"}, ["code begins with ```", "does not end"]),
+        ({"finding": "x\n```\ny\n```\nz\n```"}, ["does not end"]),
+        ({"finding": "x\n````\ny\n```"}, ["code begins with ````"]),
+        ({"finding": "x\n~~~\ny\n```"}, ["code begins with ~~~"]),
         ({"finding": "x\x1b[2J"}, ["control characters"]),
         ({"runs": ["nowhere"]}, ["nowhere", "no such folder"]),
         ({"runs": ["."]}, ["no run in"]),
         ({"figures": ["no.svg"]}, ["no.svg", "no such file"]),
         ({"figures": ["notes.txt"]}, ["notes.txt", ".svg"]),
         ({"figures": ["folder.svg"]}, ["folder.svg", "directory"]),
+        ({"figures": ["two\nlines.svg"]}, [r"'two\nlines.svg'", "cannot be printed"]),
+        ({"figures": [os.fsdecode(b"byte\xff.svg")]}, [r"'byte\udcff.svg'", "cannot be printed"]),
+        ({"figures": [os.fsdecode(b"byte\xff/a.svg")]}, [r"'byte\udcff/a.svg'", "cannot be printed"]),
     ],
 )
 def test_what_is_refused_leaves_the_journal_alone(journal, tmp_path, changes, words):
-    from pathlib import Path
-
     (tmp_path / "folder.svg").mkdir()
+    (tmp_path / os.fsdecode(b"byte\xff")).mkdir()
+    for name in ("two\nlines.svg", os.fsdecode(b"byte\xff.svg"), os.fsdecode(b"byte\xff/a.svg")):
+        (tmp_path / name).write_text("<svg/>")
     paths = {key: [Path(p) for p in value] for key, value in changes.items() if key in ("runs", "figures")}
     for there in (False, True):
         before = write(journal) and journal.read_text() if there else None
@@ -88,6 +102,110 @@ def test_what_is_refused_leaves_the_journal_alone(journal, tmp_path, changes, wo
             write(journal, **changes | paths)
         assert all(word in str(error.value) for word in words), error.value
         assert (journal.read_text() if journal.exists() else None) == before
+
+
+def test_a_run_whose_name_cannot_be_shown(journal, small_run, tmp_path):
+    for name in (os.fsdecode(b"byte\xff-s0"), "two\nlines-s0"):
+        shutil.copytree(small_run, tmp_path / name)
+        with pytest.raises(UserError, match="cannot be printed"):
+            write(journal, runs=[tmp_path / name])
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        "#3 did it",
+        "####### seven",
+        "x\n    # code",
+        "x\n\n---\n\ny",
+        "x\n```python\n# a comment\nA\n===\n```\ny",
+        "x\n~~~\n```\n~~~",
+        "x\n````\n```\n````\n---",
+        "| a | b |\n| - | - |\n| 1 | 2 |",
+    ],
+)
+def test_markdown_that_stays_inside_an_entry(journal, finding):
+    write(journal, finding=finding)
+    assert f"\n\n{finding}\n\n**What" in journal.read_text() and checked(journal) == (0, "1 entry, as written\n")
+
+
+def test_a_journal_behind_a_symbolic_link(journal, tmp_path, tmp_path_factory):
+    for folder in ("notes", "figures"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "figures" / "a.svg").write_text("<svg/>")
+    journal.symlink_to("notes/J.md")
+    by = tmp_path_factory.mktemp("elsewhere") / "by"
+    by.symlink_to(tmp_path)
+    for path in (journal, by / "notes" / "J.md"):
+        write(path, figures=[Path("figures/a.svg")])
+        write(path, figures=[by / "figures" / "a.svg"])
+        assert checked(path)[1].endswith("as written\n") and "note:" not in checked(path)[1]
+    assert journal.is_symlink() and os.listdir(tmp_path / "notes") == ["J.md"]
+    assert journal.read_text().count("](../figures/a.svg)") == 4
+    loop = tmp_path / "loop.md"
+    loop.symlink_to("loop.md")
+    with pytest.raises(UserError, match="cannot read"):
+        write(loop)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_permissions_stay(journal, mode):
+    write(journal)
+    journal.chmod(mode)
+    left = journal.with_name(f".tmp-{journal.name}")  # by a writer that was killed
+    left.write_text("half")
+    left.chmod(0o444)
+    write(journal, "Second")
+    assert journal.stat().st_mode & 0o7777 == mode and not left.exists()
+
+
+def test_line_ends_of_the_past_stay(journal):
+    write(journal)
+    plain = journal.read_bytes()
+    past = plain.replace(b"\n", b"\r\n")
+    journal.write_bytes(past)
+    assert checked(journal) == (0, "1 entry, as written\n")
+    assert write(journal, "Second") == 2 and checked(journal) == (0, "2 entries, as written\n")
+    text = journal.read_bytes()
+    head, entry = past[: past.index(b"\r\n## 1.")], past[past.index(b"\r\n## 1.") :]
+    assert text.startswith(head) and text.endswith(entry) and text.count(b"\n") == text.count(b"\r\n")
+    body = plain[plain.index(b"\n## 1.") :]
+    journal.write_bytes(head + body)  # a mixture
+    write(journal, "Second")
+    assert journal.read_bytes().endswith(body) and checked(journal)[0] == 0
+    journal.write_bytes(text.replace(b"absorption", b"adsorption", 1))
+    assert "changed: entry 2" in checked(journal)[1]
+
+
+def test_links_of_the_author_are_his_own(journal):
+    figure = journal.parent / "a.svg"
+    figure.write_text("<svg/>")
+    lists = "- [paper](https://arxiv.org/abs/1)\n- [notes](gone.md): sha256 0123456789ab\n- [above](#top)"
+    for finding in (lists, f"**Runs**\n\n{lists}", f"**What could explain it**\n\n{lists}"):
+        write(journal, finding=finding)
+        write(journal, finding=finding, figures=[figure])
+    assert checked(journal) == (0, "6 entries, as written\n")
+    text = journal.read_text()
+    by_hand = text.replace("**Figures**\n", "**Figures**\n\n- [paper](https://arxiv.org/abs/1)\n- [top](#top)\n")
+    journal.write_text(by_hand)
+    assert "note:" not in checked(journal)[1]
+    journal.write_text(text)
+    figure.unlink()
+    assert checked(journal)[1].count("links to a.svg, which is no longer at a.svg") == 3
+
+
+@pytest.mark.parametrize("name", ["a[1].svg", "a](b) [c.svg", "back\\slash.svg", "back\\]].svg", "(round) #1.svg"])
+def test_names_with_signs_of_markdown(journal, name):
+    figure = journal.parent / name
+    figure.write_text("<svg/>")
+    write(journal, figures=[figure])
+    shown = name.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]")
+    assert f"- [{shown}](" in journal.read_text() and checked(journal) == (0, "1 entry, as written\n")
+    figure.write_text("<svg></svg>")
+    assert f"links to {name}, which has changed" in checked(journal)[1]
+    figure.unlink()
+    assert f"links to {name}, which is no longer at {name}" in checked(journal)[1]
 
 
 def test_a_changed_past_is_named(journal):
@@ -189,8 +307,6 @@ def test_a_terminal_is_asked_for_nothing_else(journal, answers):
 
 
 def test_what_was_given_is_looked_at_before_anybody_types(journal, answers):
-    from pathlib import Path
-
     asked = answers("never")
     with pytest.raises(UserError, match="nowhere"):
         talk(journal, runs=[Path("nowhere")])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import builtins
 import io
+import re
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from vgrout.envs.micro_env import ask, under
 from vgrout.envs.modes import MODES
 from vgrout.lab import play as play_module
 from vgrout.lab.play import SHOW, STARTER, choose, from_editor, from_file, judged, oracle_says, paid, play, table
+from vgrout.signals import Interrupted
 from vgrout.types import UserError
 
 PROBLEM = "train-001"
@@ -174,6 +179,84 @@ def test_an_editor(said, monkeypatch, tmp_path):
         monkeypatch.setenv("EDITOR", editor)
         with pytest.raises(UserError, match=word):
             said(edit=True)
+
+
+@pytest.fixture
+def editor(tmp_path, monkeypatch):
+    """An editor that ends with an exit code and leaves some bytes, or the file as it is. The folder it works in."""
+    home = tmp_path / "temporary"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    monkeypatch.setenv("VISUAL", "an-editor")
+
+    def leaves(change, code=0):
+        def run(command):
+            file = Path(command[-1])
+            file.write_bytes(change(file.read_bytes()))
+            if isinstance(code, BaseException):
+                raise code
+            return subprocess.CompletedProcess(command, code)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return home
+
+    return leaves
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "error"),
+    [
+        (lambda text: text + b"# mine", 1, UserError),
+        (lambda text: (text.decode() + "# é").encode("utf-16"), 0, UserError),
+        (lambda text: text + b"# mine", KeyboardInterrupt(), Interrupted),
+    ],
+)
+def test_a_program_stays_where_it_is_not_graded(editor, change, code, error):
+    home = editor(change, code)
+    with pytest.raises(error) as raised:
+        from_editor(game(), STARTER)
+    file = Path(re.search(r"the program is kept in (\S+)$", str(raised.value))[1])
+    blank = f"# {game().prompt.user}\n{STARTER}".encode()
+    assert file.is_relative_to(home) and file.read_bytes() == change(blank)
+
+
+def test_the_editor_s_folder_goes_where_nothing_is_lost(editor):
+    home = editor(lambda text: text, 1)
+    with pytest.raises(UserError, match="nothing was graded$"):
+        from_editor(game(), STARTER)
+    with pytest.raises(UserError, match="the program is kept in"):  # that of the round before
+        from_editor(game(), WRONG)
+    assert len(list(home.iterdir())) == 1
+    long = "x = 1\n" * 20_000
+    editor(lambda text: text + long.encode())
+    assert from_editor(game(), "") == long and len(list(home.iterdir())) == 1
+
+
+def test_comments_that_an_editor_has_changed_come_off(editor):
+    played = game()
+    played = replace(played, prompt=replace(played.prompt, user="Write it. \n\nThe grader calls check()."))
+    for change in (
+        lambda text: text.replace(b". \n", b".\n").replace(b"# \n", b"#\n"),
+        lambda text: text.replace(b"# Write it. \n", b""),
+        lambda text: b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"),
+    ):
+        editor(change)
+        assert from_editor(played, WRONG) == WRONG
+    editor(lambda text: b"# mine\n" + text + b"# The grader calls check().\n")
+    assert from_editor(played, WRONG) == f"# mine\n{WRONG}# The grader calls check().\n"
+
+
+def test_a_standard_input_that_cannot_be_read(said, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for how in ({}, {"file": Path("-")}, {"edit": True}):
+        with pytest.raises(UserError, match="the standard input is closed"):
+            said(**how)
+    for errors in ("strict", "surrogateescape"):
+        for how in ({}, {"file": Path("-")}):
+            raw = io.BytesIO(b"x\xff\n.\n")
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8", errors=errors))
+            with pytest.raises(UserError, match="^the standard input is no text in UTF-8$"):
+                said(**how)
 
 
 def test_files_that_hold_no_program(said, tmp_path, monkeypatch):

@@ -50,10 +50,12 @@ class Checkpoint:
     stamp: Mapping[str, Any]
 
 
-def write(path: Path, data: bytes) -> None:
-    """A whole file on the disk. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+def write(path: Path, data: bytes, mode: int | None = None) -> None:
+    """A whole file on the disk, with the permissions `mode` where given. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644 if mode is None else mode)
     try:
+        if mode is not None:
+            os.fchmod(fd, mode)
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
@@ -71,11 +73,14 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that a reader finds old or new, and always whole. Raises OSError."""
+def replace_file(path: Path, text: str, mode: int | None = None) -> None:
+    """Write a file that a reader finds old or new, and always whole; with the permissions `mode` where given. Raises
+    OSError."""
     part = path.with_name(PART + path.name)
     try:
-        write(part, text.encode())
+        if mode is not None:
+            part.unlink(missing_ok=True)  # one left over may have others
+        write(part, text.encode(), mode)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

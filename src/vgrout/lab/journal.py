@@ -5,6 +5,8 @@ of the entry before, and that seal:
 
     <!-- vgrout entry 2 sha256 9c1f... after 41ab... -->
 
+Whether lines end in LF or CRLF is no part of a text: a checkout may change it.
+
 Covers: an entry whose text was changed, one that was taken out, moved or put in between; runs and figures that are no
 longer what an entry links to. Does not cover: the newest entries taken off the top, and somebody who makes all seals
 anew; version control shows both.
@@ -16,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +42,17 @@ HEAD = (
     "Newest first. Entries are added with `vgrout journal add` and never changed: what turned out otherwise is said\n"
     "in a new entry. `vgrout journal check` names an entry that is not as it was written.\n\n"
 )
-SEAL = re.compile(r"^<!-- vgrout entry (\d+) sha256 ([0-9a-f]{64}) after ([0-9a-f]{64}) -->$", re.MULTILINE)
-LINK = re.compile(r"^- \[(?P<name>[^\]]*)\]\((?P<url>[^)]*)\).*?(?: sha256 (?P<sha>[0-9a-f]{12}))?$", re.MULTILINE)
+MARKED = re.compile(re.escape(MARK.rstrip()) + r"\r?\n")
+SEAL = re.compile(r"^<!-- vgrout entry (\d+) sha256 ([0-9a-f]{64}) after ([0-9a-f]{64}) -->\r?$", re.MULTILINE)
+EXPLAINED = "**What could explain it**"  # below the last one of an entry there are hypotheses, runs and figures alone
+LINK = re.compile(  # no address with a scheme or in the same page
+    r"^- \[(?P<name>(?:\\.|[^\\\n])*?)\]\((?![A-Za-z][A-Za-z0-9+.-]*:|#)(?P<url>[^)\n]*)\)"
+    r".*?(?: sha256 (?P<sha>[0-9a-f]{12}))?$",
+    re.MULTILINE,
+)
+HEADING = re.compile(r" {0,3}#{1,6}(\s|$)")
+UNDERLINE = re.compile(r" {0,3}(=+|-+)\s*$")  # makes a heading of the text above it
+FENCE = re.compile(r" {0,3}(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$")  # of code
 FIRST = "0" * 64  # what the first entry comes after
 LEAST = 3  # hypotheses
 FIGURES = (".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf", ".html")
@@ -49,7 +61,7 @@ SHORT = 12  # digits of a hash that a link shows
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry as it stands in the file. `text` is all between the seal above and its own."""
+    """One entry as it stands in the file. `text` is all between the seal above and its own, its lines ending in LF."""
 
     number: int
     text: str
@@ -69,7 +81,8 @@ def sealed(text: str, after: str) -> str:
 def _read(path: Path) -> str | None:
     """The journal's text; None where there is none yet. Raises UserError."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -79,16 +92,17 @@ def _read(path: Path) -> str | None:
 def parse(text: str, path: Path) -> tuple[str, list[Entry], str]:
     """The head, the entries as they stand, newest first, and what follows the last of them. Raises UserError for a file
     that is no journal."""
-    head, mark, body = text.partition(MARK)
+    mark = MARKED.search(text)
     if not mark:
         raise UserError(
             f"{path} is no journal that vgrout began (it lacks the line {MARK.strip()}): give another --file"
         )
+    head, body = text[: mark.end()], text[mark.end() :]
     entries, at = [], 0
     for seal in SEAL.finditer(body):
-        entries.append(Entry(int(seal[1]), body[at : seal.start()], seal[2], seal[3]))
+        entries.append(Entry(int(seal[1]), body[at : seal.start()].replace("\r\n", "\n"), seal[2], seal[3]))
         at = seal.end()
-    return head + mark, entries, body[at:]
+    return head, entries, body[at:]
 
 
 def faults(text: str, path: Path) -> list[str]:
@@ -126,9 +140,30 @@ def _plain(text: str, what: str, *, lines: bool = False) -> str:
         raise UserError(f"{what}: comments (<!-- or -->) are kept for the seals")
     if any(not c.isprintable() and c not in "\n\t" for c in text):
         raise UserError(f"{what} has control characters in it")
-    if lines and (heading := next((line for line in text.splitlines() if line.lstrip().startswith("#")), None)):
-        raise UserError(f"{what}: {heading[:40]!r} would be a heading: an entry has its own")
+    if lines:
+        _paragraphs(text, what)
     return text
+
+
+def _paragraphs(text: str, what: str) -> None:
+    """Raises UserError for Markdown that would not stay inside an entry: headings outside of code, and code that does
+    not end."""
+    fence, above = "", ""
+    for line in text.splitlines():
+        mark = FENCE.match(line)
+        if fence:
+            closes = mark and mark["fence"].startswith(fence) and not mark["info"].strip()
+            fence = "" if closes else fence
+            line = ""
+        elif mark:
+            fence, line = mark["fence"], ""
+        elif HEADING.match(line):
+            raise UserError(f"{what}: {line[:40]!r} would be a heading: an entry has its own")
+        elif above.strip() and UNDERLINE.match(line):
+            raise UserError(f"{what}: {line[:40]!r} would make a heading of {above[:40]!r}: put an empty line between")
+        above = line
+    if fence:
+        raise UserError(f"{what}: code begins with {fence} and does not end: close it with a line of {fence}")
 
 
 def _hypotheses(texts: Sequence[str]) -> list[str]:
@@ -143,9 +178,25 @@ def _hypotheses(texts: Sequence[str]) -> list[str]:
     return said
 
 
-def _url(path: Path, journal: Path) -> str:
-    """A link from the journal's folder."""
-    return quote(os.path.relpath(path.absolute(), journal.absolute().parent))
+def _real(path: Path) -> Path:
+    """The file itself, where the path leads over symbolic links."""
+    return Path(os.path.realpath(path))
+
+
+def _way(path: Path, journal: Path) -> str:
+    """The way from the journal's folder: by the names that were given, unless that to the file itself leads less far
+    up."""
+    ways = [os.path.relpath(to, _real(journal).parent) for to in (path.absolute(), _real(path))]
+    return min(ways, key=lambda way: Path(way).parts.count(os.pardir))
+
+
+def _link(name: str, path: Path, journal: Path) -> str:
+    """A link to a run or a figure. Raises UserError for a name that a line cannot show."""
+    way = _way(path, journal)
+    if not (name + way).isprintable():
+        raise UserError(f"{way!r}: characters in this name cannot be printed: rename it")
+    shown = re.sub(r"[\[\]\\]", r"\\\g<0>", name)
+    return f"[{shown}]({quote(way)})"
 
 
 def _digest(path: Path) -> str:
@@ -163,7 +214,7 @@ def _runs(paths: Sequence[Path], journal: Path) -> list[str]:
     empty = [path for path in paths if not any(run.folder.is_relative_to(path) for run in runs)]
     if unread or empty:
         raise UserError(next(iter(unread.values()), None) or f"--runs {empty[0]}: no run in it")
-    return [f"- [{run.name}]({_url(run.folder, journal)}): {_ended(run)}" for run in runs]
+    return [f"- {_link(run.name, run.folder, journal)}: {_ended(run)}" for run in runs]
 
 
 def _ended(run: Run) -> str:
@@ -179,7 +230,7 @@ def _figures(paths: Sequence[Path], journal: Path) -> list[str]:
         if path.suffix.lower() not in FIGURES:
             raise UserError(f"--figures {path}: a figure ends in one of {' '.join(FIGURES)}")
         try:
-            out.append(f"- [{path.name}]({_url(path, journal)}): sha256 {_digest(path)}")
+            out.append(f"- {_link(path.name, path, journal)}: sha256 {_digest(path)}")
         except OSError as error:
             raise UserError(f"--figures {path}: {(error.strerror or str(error)).lower()}") from None
     return out
@@ -190,7 +241,7 @@ def written(
 ) -> str:
     """The text of an entry."""
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    parts = [f"## {number}. {title} ({date})", finding, "**What could explain it**"]
+    parts = [f"## {number}. {title} ({date})", finding, EXPLAINED]
     parts.append("\n".join(f"{i}. {text}" for i, text in enumerate(hypotheses, 1)))
     for name, lines in (("Runs", runs), ("Figures", figures)):
         if lines:
@@ -225,7 +276,7 @@ def add(
     finding = _plain(finding, "--finding", lines=True)
     said = _hypotheses(hypotheses)
     linked = _runs(runs, path), _figures(figures, path)
-    with _one_writer(path):
+    with _one_writer(_real(path)):
         text = _read(path)
         head, entries, _ = (HEAD + MARK, [], "") if text is None else parse(text, path)
         if text is not None:
@@ -234,8 +285,10 @@ def add(
         entry = written(number + 1, title, finding, said, *linked)
         seal = f"<!-- vgrout entry {number + 1} sha256 {sealed(entry, after)} after {after} -->\n"
         body = "" if text is None else text[len(head) :]
+        top = f"\n{entry}\n{seal}".replace("\n", "\r\n" if head.endswith("\r\n") else "\n")
         try:
-            replace_file(path, f"{head}\n{entry}\n{seal}{body}")
+            mode = None if text is None else stat.S_IMODE(path.stat().st_mode)
+            replace_file(_real(path), f"{head}{top}{body}", mode)
         except OSError as error:
             raise RunFailed(f"cannot write {path}: {error.strerror}") from None
     return number + 1
@@ -335,14 +388,13 @@ def broken_links(text: str, path: Path) -> list[str]:
     """Runs and figures that are no longer where, or what, an entry says."""
     out = []
     for entry in parse(text, path)[1]:
-        for link in LINK.finditer(entry.text):
-            target = path.absolute().parent / unquote(link["url"])
-            if not target.exists():
-                out.append(
-                    f"entry {entry.number} links to {link['name']}, which is no longer at {unquote(link['url'])}"
-                )
+        for link in LINK.finditer(entry.text.rpartition(EXPLAINED)[2]):
+            name, way = re.sub(r"\\([\[\]\\])", r"\1", link["name"]), unquote(link["url"])
+            target = _real(path).parent / way
+            if not os.path.exists(target):
+                out.append(f"entry {entry.number} links to {name}, which is no longer at {way}")
             elif link["sha"] and _short_hash(target) not in ("", link["sha"]):
-                out.append(f"entry {entry.number} links to {link['name']}, which has changed since")
+                out.append(f"entry {entry.number} links to {name}, which has changed since")
     return out
 
 

@@ -10,10 +10,14 @@ import contextlib
 import os
 import random
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -28,9 +32,11 @@ from vgrout.envs.problems import check_mode
 from vgrout.envs.sandbox import Sandbox
 from vgrout.lab.grading import tested_sandbox
 from vgrout.lab.tables import number_table, print_wide
+from vgrout.signals import Interrupted
 from vgrout.types import Problem, Prompt, UserError
 
 END, SHOW = ".", "?"  # lines that end a program, and that ask for programs instead
+STDIN = Path("-")  # as a file: the standard input
 HOW = f"A program ends with a line of a single {END}; {SHOW} shows a solution and a hack, Ctrl-D leaves."
 STARTER = f"class Solution:\n    {HEAD}\n        \n"
 
@@ -176,13 +182,26 @@ def reveal(game: Game, console: Console) -> None:
         _say(console, f"a hack:\n\n{mode.hack(HEAD, 'return 0', game.prompt.marker).rstrip()}\n")
 
 
-def from_file(path: Path) -> str:
-    """A program in a file; `-` is the standard input. Raises UserError."""
+def _typed(read: Callable[[], str]) -> str:
+    """What `read` takes from the standard input. Raises UserError where it is no text, or cannot be read."""
     try:
-        if str(path) == "-":
-            return sys.stdin.read(SOURCE_BYTES + 1)
+        text = read()
+        text.encode()  # in some locales bytes that are no text come in as halves of a character
+        return text
+    except UnicodeError:
+        raise UserError("the standard input is no text in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read the standard input: {error.strerror or error}") from None
+
+
+def from_file(path: Path, most: int = SOURCE_BYTES + 1) -> str:
+    """A program in a file; `-` is the standard input. At most as much as tells that it is too long, and all of it
+    where `most` is -1. Raises UserError."""
+    try:
+        if path == STDIN:
+            return _typed(lambda: sys.stdin.read(most))
         with path.open(encoding="utf-8") as file:
-            return file.read(SOURCE_BYTES + 1)
+            return file.read(most)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -194,7 +213,7 @@ def from_terminal(console: Console) -> str | None:
     own."""
     lines: list[str] = []
     try:
-        while (line := input("... " if sys.stdin.isatty() else "")) != END:
+        while (line := _typed(lambda: input("... " if sys.stdin.isatty() else ""))) != END:
             if not lines and line.strip() == SHOW:
                 return SHOW
             lines.append(line)
@@ -212,19 +231,47 @@ def from_editor(game: Game, before: str) -> str:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor:
         raise UserError("--edit opens the editor that VISUAL or EDITOR names: set one, or drop --edit")
-    told = "".join(f"# {line}\n" for line in game.prompt.user.splitlines())
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.py"
-        file.write_text(told + before, encoding="utf-8")
-        try:
-            code = subprocess.run([*shlex.split(editor), str(file)]).returncode
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot start the editor {editor!r}: {getattr(error, 'strerror', None) or error}"
-            ) from None
-        if code:
-            raise UserError(f"the editor {editor!r} ended with exit code {code}: nothing was graded")
-        return from_file(file).removeprefix(told)
+    told = [f"# {line}" for line in game.prompt.user.splitlines()]
+    folder = Path(tempfile.mkdtemp(prefix="vgrout-"))
+    file = folder / "program.py"
+    head = "".join(f"{line}\n" for line in told)
+    file.write_text(head + before, encoding="utf-8")
+    try:
+        text = _without(told, _edited(editor, file))
+    except UserError as error:
+        raise UserError(f"{error}{_kept(file, head + STARTER)}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, f"interrupted{_kept(file, head + STARTER)}") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    return text
+
+
+def _edited(editor: str, file: Path) -> str:
+    """The text of a file once the editor has ended. Raises UserError."""
+    try:
+        code = subprocess.run([*shlex.split(editor), str(file)]).returncode
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot start the editor {editor!r}: {getattr(error, 'strerror', None) or error}") from None
+    if code:
+        raise UserError(f"the editor {editor!r} ended with exit code {code}: nothing was graded")
+    return from_file(file, -1).removeprefix("\ufeff")  # some editors put this mark before any text
+
+
+def _kept(file: Path, blank: str) -> str:
+    """Where a program is kept, for the end of a message. One that nobody has begun goes, with its folder."""
+    if file.is_file() and file.read_bytes() != blank.encode():
+        return f"; the program is kept in {file}"
+    shutil.rmtree(file.parent, ignore_errors=True)
+    return ""
+
+
+def _without(told: Sequence[str], text: str) -> str:
+    """A program without those of the comments above it that were told, however an editor has trimmed them."""
+    known = {line.rstrip() for line in told}
+    lines = text.splitlines(keepends=True)
+    top = list(takewhile(lambda line: not line.strip() or line.startswith("#"), lines))
+    own = [line for line in top if line.rstrip() not in known]
+    return "".join([*own, *lines[len(top) :]])
 
 
 def play(
@@ -242,8 +289,8 @@ def play(
     """`vgrout play`: one program from a file, or programs from the terminal until its end. Raises UserError."""
     if file is not None and edit:
         raise UserError("--file and --edit exclude each other: one program comes from one place")
-    if file is None and sys.stdin is None:
-        raise UserError("the standard input is closed: give --file")
+    if file in (None, STDIN) and sys.stdin is None:
+        raise UserError("the standard input is closed: give --file with the program's path")
     game = choose(problem, mode, family, hinted, seed)
     text = None if file is None else from_file(file)
     if text is not None and not text.strip():
@@ -280,7 +327,7 @@ def _rounds(game: Game, sandbox: Sandbox, console: Console, edit: bool) -> int:
         if edit:
             before = text
             try:
-                input("Enter: edit it again; Ctrl-D: leave ")
+                _typed(lambda: input("Enter: edit it again; Ctrl-D: leave "))
             except EOFError:
                 _say(console, "")
                 return 0
