@@ -85,9 +85,7 @@ def test_the_parser_accepts_every_command(recipes):
 
 
 def test_a_model_goes_where_its_name_is_looked_up(recipes):
-    assert commands("download-model", recipes["download-model"]) == [
-        ["vgrout", "model", "download", "Qwen/Qwen3-4B"]
-    ]
+    assert commands("download-model", recipes["download-model"]) == [["vgrout", "model", "download", "Qwen/Qwen3-4B"]]
 
 
 def test_a_slip_in_a_command_is_noticed():
