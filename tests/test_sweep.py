@@ -43,6 +43,10 @@ def run(out, *over, arms=("none",), seeds=(0,), **more):
     return sweep(TINY, arms, seeds, over, out, console, **more), console.export_text()
 
 
+def told(out):
+    return json.loads((out / RECORD).read_text())["runs"]
+
+
 def test_every_combination_of_settings():
     assert settings([]) == [{}]
     assert settings(["lr=1e-3,0.002", "adapter=delta_s", "erase-axes=2"]) == [
@@ -83,8 +87,7 @@ def test_runs_have_their_settings_and_follow_those_of_the_same(tmp_path):
 def test_finished_runs_are_skipped(stub):
     code, text = run(stub, "lr=0.001,0.01")
     assert code == 0 and text.count("finished") == 2 and "25" in text and "50" in text
-    told = json.loads((stub / RECORD).read_text())["runs"]
-    assert told == {f"none@lr={lr}-s0": {"code": 0, "tries": 1} for lr in ("0.001", "0.01")}
+    assert told(stub) == {f"none@lr={lr}-s0": {"code": 0, "tries": 1} for lr in ("0.001", "0.01")}
     code, text = run(stub, "lr=0.001,0.01,0.1")
     assert code == 0 and text.count("was finished") == 2
     assert [len((stub / f"none@lr={lr}-s0.tries").read_text().split()) for lr in ("0.001", "0.01", "0.1")] == [1, 1, 1]
@@ -101,16 +104,54 @@ def test_failures_are_tried_again_unless_settings_are_at_fault(stub, fails, code
     said, text = run(stub, retries=2)
     good = fails < tries and code != 2
     assert said == (0 if good else 1)
-    told = json.loads((stub / RECORD).read_text())["runs"]["none-s0"]
-    assert told == {"code": 0 if good else code, "tries": tries}
+    assert told(stub)["none-s0"] == {"code": 0 if good else code, "tries": tries}
     table = text[text.index("tries") :]  # behind the progress of each try
     assert ("finished" in table) is good and ("see none-s0.log" in table) is not good
+
+
+def test_the_record_keeps_the_runs_of_every_call(stub):
+    run(stub)
+    run(stub, "lr=0.001")
+    assert told(stub) == {name: {"code": 0, "tries": 1} for name in ("none-s0", "none@lr=0.001-s0")}
+    run(stub)
+    assert told(stub) == {name: {"code": 0, "tries": 1} for name in ("none-s0", "none@lr=0.001-s0")}
+    (stub / "none-s1.fails").write_text("3")
+    (stub / "none-s1.code").write_text("1")
+    assert run(stub, seeds=(1,))[0] == 1 and told(stub)["none-s1"] == {"code": 1, "tries": 2}
+    assert run(stub, seeds=(1,))[0] == 0 and told(stub)["none-s1"] == {"code": 0, "tries": 4}
+    assert len((stub / "none-s1.tries").read_text().split()) == 4 and len(told(stub)) == 3
+
+
+def test_a_run_has_no_exit_code_while_a_try_is_left(stub, monkeypatch):
+    seen = []
+
+    def jobs(chosen, out, *_):
+        seen.append(told(out))
+        return {job.name: {"none-s0": 1, "none-s1": 2}[job.name] for job in chosen}
+
+    monkeypatch.setattr("vgrout.lab.sweep.run_jobs", jobs)
+    run(stub, seeds=(0, 1))
+    first, second = {"code": None, "tries": 1}, {"code": None, "tries": 2}
+    assert seen == [{"none-s0": first, "none-s1": first}, {"none-s0": second, "none-s1": {"code": 2, "tries": 1}}]
+    assert told(stub) == {"none-s0": {"code": 1, "tries": 2}, "none-s1": {"code": 2, "tries": 1}}
+
+
+def test_a_damaged_record_is_one_line(stub):
+    run(stub)
+    for text in ("{", "[]", '{"runs": {"none-s0": 1}}'):
+        (stub / RECORD).write_text(text)
+        with pytest.raises(UserError, match="cannot read .*sweep.json: write {} into it") as error:
+            run(stub)
+        assert "\n" not in str(error.value) and (stub / RECORD).read_text() == text
+    (stub / RECORD).write_text("{}")
+    assert run(stub)[0] == 0
 
 
 def test_commands_for_another_scheduler(stub, capsys):
     run(stub, "lr=0.001,0.01", arms=("coin_flip", "routeV"), only_print=True)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 4 and not list(stub.glob("*/config.json"))
+    assert len(told(stub)) == 4 and {run["code"] for run in told(stub).values()} == {None}
     names = [line[line.index("--out") + 1].rsplit("/", 1)[1] for line in lines]
     assert sorted(names[:2]) == ["routeV@lr=0.001-s0", "routeV@lr=0.01-s0"]  # before those that follow them
     for line, name in zip(lines, names, strict=True):
@@ -162,8 +203,7 @@ def test_a_run_moves_when_its_machine_goes_away(tmp_path, cluster):
     threading.Thread(target=strike, daemon=True).start()
     console = Console(record=True, width=200, file=open("/dev/null", "w"))
     assert sweep(small, ("none",), (0, 1), (), out, console, pool="ray", address=cluster.address) == 0
-    told = json.loads((out / RECORD).read_text())["runs"]
-    assert told == {f"none-s{seed}": {"code": 0, "tries": 1} for seed in (0, 1)}  # a lost machine is no failure
+    assert told(out) == {f"none-s{seed}": {"code": 0, "tries": 1} for seed in (0, 1)}  # a lost machine is no failure
     starts = sorted((out / f"none-s{seed}.log").read_text().count("sandbox") for seed in (0, 1))
     assert starts == [1, 2] and sum("going on after step" in log.read_text() for log in out.glob("*.log")) == 1
     for seed in (0, 1):

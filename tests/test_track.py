@@ -43,6 +43,8 @@ class Run:
 
     def finish(self, exit_code=None):
         self.open = False
+        if os.environ.get("FAKE_WANDB_FAILS") == "finish":
+            raise RuntimeError("the tracker is out of order")
         _write({"finish": self.id})
 
 def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None, group=None,
@@ -218,6 +220,79 @@ def test_a_failure_keeps_what_went(tmp_path, wandb, monkeypatch):
     assert logged(wandb()) == [0, 1, 2, 3]
 
 
+def test_rows_that_the_tracker_lost_go_again(tmp_path, wandb, monkeypatch):
+    """A row is sent once the tracker's `finish` has returned; a run that takes another way since is a new one."""
+    run = write(tmp_path / "run", [record(k) for k in range(3)])
+    sender = tracking.Sender(run, "wandb", "p")
+    sender.send()
+    write(run, [record(k) for k in range(4)])
+    monkeypatch.setenv("FAKE_WANDB_FAILS", "finish")
+    assert list(sender.send().values()) == [1] and list(sender.send().values()) == [0]
+    with pytest.raises(tracking.TrackerFailed, match="out of order"):
+        sender.close()
+    monkeypatch.delenv("FAKE_WANDB_FAILS")
+    assert list(send(run).values()) == [3] and list(send(run).values()) == [0]
+    begun = [row for row in wandb() if "init" in row]
+    assert [row["resume"] for row in begun] == ["never", "allow"] and len({row["init"] for row in begun}) == 1
+    assert logged(wandb()) == [0, 1, 2, 0, 1, 2]
+
+
+def test_another_way_after_a_lost_tracker_is_a_new_run(tmp_path, wandb, monkeypatch):
+    run = write(tmp_path / "run", [record(k) for k in range(4)])
+    monkeypatch.setenv("FAKE_WANDB_FAILS", "finish")
+    with pytest.raises(tracking.TrackerFailed):
+        send(run)
+    monkeypatch.delenv("FAKE_WANDB_FAILS")
+    write(run, [record(k, lr=0.2) for k in range(3)])
+    send(run)
+    first, second = dict.fromkeys(row["init"] for row in wandb() if "init" in row)
+    assert logged(wandb(), first) == [0, 1, 2] and logged(wandb(), second) == [0, 1]
+
+
+def test_what_an_earlier_version_sent_stays_sent(tmp_path, wandb):
+    """A record without pending rows is read."""
+    run = write(tmp_path / "run", [record(k) for k in range(3)])
+    send(run)
+    file = run / "tracking" / "wandb.json"
+    kept = json.loads(file.read_text())
+    del kept["p"]["pending"]
+    file.write_text(json.dumps(kept))
+    write(run, [record(k) for k in range(4)])
+    assert list(send(run).values()) == [1] and logged(wandb()) == [0, 1, 2]
+
+
+def test_a_sweep_is_over_when_no_try_is_left(tmp_path):
+    out = tmp_path / "sweep"
+    write(out / "none-s0", [record(0)], final=evaluation(0.5))
+    write(out / "none-s1", [record(0)])
+    sender = tracking.Sender(out, "wandb", "p")
+
+    def over(**codes) -> bool:
+        runs = {name.replace("_", "-"): {"code": code, "tries": 1} for name, code in codes.items()}
+        (out / "sweep.json").write_text(json.dumps({"runs": runs}))
+        return sender.complete()
+
+    assert not over() and not over(none_s0=None, none_s1=None) and not over(none_s0=0, none_s2=None)
+    assert over(none_s0=None) and over(none_s0=0, none_s1=1) and over(none_s0=0, none_s2=2)
+
+
+def test_an_experiment_is_over_with_its_decision(tmp_path):
+    """A run that failed is no reason to wait on, but one that was begun again since is."""
+    out = tmp_path / "experiment"
+    for seed in (0, 1):
+        write(out / f"none-s{seed}", [record(0)], final=None if seed else evaluation(0.5))
+        (out / f"none-s{seed}.json").write_text("{}")
+    sender = tracking.Sender(out, "wandb", "p")
+    assert not sender.complete()
+    (out / "decision.json").write_text(json.dumps({"not_finished": ["none-s1"]}))
+    later = (out / "decision.json").stat().st_mtime + 10
+    assert sender.complete()
+    os.utime(out / "none-s0.json", (later, later))
+    assert sender.complete()
+    os.utime(out / "none-s1.json", (later, later))
+    assert not sender.complete()
+
+
 @pytest.fixture
 def vgrout(monkeypatch, capsys):
     def run(*args: str) -> tuple[int, str, str]:
@@ -239,6 +314,23 @@ def test_command(tmp_path, wandb, vgrout, monkeypatch):
     monkeypatch.setenv("FAKE_WANDB_FAILS", "init")
     code, _, err = vgrout("track", str(run), "--tracker", "wandb", "--project", "other")
     assert code == 1 and err.count("\n") == 1 and "out of order" in err
+    monkeypatch.setenv("FAKE_WANDB_FAILS", "finish")
+    code, _, err = vgrout("track", str(run), "--tracker", "wandb", "--project", "third")
+    assert code == 1 and err.count("\n") == 1 and "the same command sends the rest" in err
+    monkeypatch.delenv("FAKE_WANDB_FAILS")
+    assert "4 new rows" in vgrout("track", str(run), "--tracker", "wandb", "--project", "third")[1]
+
+
+def test_a_finished_sweep_is_not_waited_for(tmp_path, wandb, vgrout):
+    write(tmp_path / "sweep" / "none-s0", [record(0)], final=evaluation(0.5))
+    write(tmp_path / "sweep" / "none-s1", [record(0), record(1)])
+    runs = {f"none-s{seed}": {"code": seed, "tries": 1 + seed} for seed in (0, 1)}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"runs": runs}))
+    code, _, err = vgrout("track", str(tmp_path / "sweep"), "--tracker", "wandb", "--follow")
+    assert (code, err) == (0, "") and logged(wandb()) == [0, 1, 0]
+    (tmp_path / "sweep" / "sweep.json").write_text("{")
+    code, _, err = vgrout("track", str(tmp_path / "sweep"), "--tracker", "wandb", "--follow")
+    assert (code, err.count("\n")) == (2, 1) and "JSONDecodeError" in err
 
 
 def test_mistakes(tmp_path, wandb, vgrout, monkeypatch):
@@ -254,6 +346,8 @@ def test_mistakes(tmp_path, wandb, vgrout, monkeypatch):
         ("track", str(run)): "pip install 'vgrout[track]'",
         ("train", "--out", "new", "--track", "trackio"): "pip install 'vgrout[track]'",
         ("decide", "--out", "new", "--track", "trackio"): "pip install 'vgrout[track]'",
+        ("sweep", "--out", "new", "--track", "trackio"): "pip install 'vgrout[track]'",
+        ("sweep", "--out", "new", "--track", "wandb", "--print"): "drop --track",
     }
     for args, words in cases.items():
         code, _, err = vgrout(*args)
@@ -313,6 +407,22 @@ def test_a_slow_tracker_is_left(tmp_path, wandb, monkeypatch, capfd):
     follow(tmp_path / "run", lambda: write(tmp_path / "run", [record(k) for k in range(4)], final=evaluation(0.5)))
     assert time.monotonic() - begun < 30
     assert "took longer than 3 s" in capfd.readouterr().err
+    monkeypatch.delenv("FAKE_WANDB_SLOW")
+    assert list(send(tmp_path / "run").values()) == [5] and logged(wandb()) == [0, 1, 2, 3, 4]
+
+
+def test_a_tracker_killed_before_its_end_lost_nothing(tmp_path, wandb):
+    """It took every row, and was killed before it said that they are through: they go again."""
+    run = write(tmp_path / "run", [record(k) for k in range(3)], final=evaluation(0.5))
+    code = (
+        "import os, sys; from pathlib import Path; from vgrout.lab import tracking; import wandb\n"
+        "wandb.Run.finish = lambda self: os.kill(os.getpid(), 9)\n"
+        "tracking.Sender(Path(sys.argv[1]), 'wandb', 'p').send()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(run)], stdout=subprocess.DEVNULL).returncode == -9
+    assert logged(wandb()) == [0, 1, 2, 3]
+    assert list(send(run).values()) == [4] and logged(wandb()) == [0, 1, 2, 3] * 2
+    assert list(send(run).values()) == [0]
 
 
 def test_an_error_of_the_run_stays_its_own(tmp_path, wandb):
@@ -348,8 +458,8 @@ def test_the_reader_imports_nothing_heavy():
 
 
 def test_flags(tmp_path, wandb, vgrout, monkeypatch):
-    """`--track` of train, of a resumed run and of an experiment: each starts the reader around its own work."""
-    run, out = tmp_path / "run", tmp_path / "experiment"
+    """`--track` of train, of a resumed run, an experiment and a sweep: each starts the reader around its own work."""
+    run, out, swept = tmp_path / "run", tmp_path / "experiment", tmp_path / "sweep"
 
     def trains(*_, **__):
         write(run, [record(k) for k in range(3)], arm="none")
@@ -363,7 +473,13 @@ def test_flags(tmp_path, wandb, vgrout, monkeypatch):
         (out / "plan.json").write_text("{}")
         return 0
 
-    for name, work in {"run.run": trains, "run.resume": resumes, "decide.decide": decides}.items():
+    def sweeps(*_, **__):
+        write(swept / "none-s0", [record(0)], final=evaluation(0.5), arm="none")
+        (swept / "sweep.json").write_text("{}")
+        return 0
+
+    does = {"run.run": trains, "run.resume": resumes, "decide.decide": decides, "sweep.sweep": sweeps}
+    for name, work in does.items():
         monkeypatch.setattr(f"vgrout.lab.{name}", work)
     assert vgrout("train", "--out", str(run), "--track", "wandb")[0] == 0
     assert logged(wandb()) == [0, 1]
@@ -373,6 +489,9 @@ def test_flags(tmp_path, wandb, vgrout, monkeypatch):
     begun = [row for row in wandb() if "init" in row][2:]
     assert {row["group"] for row in begun} == {"experiment"} and len(begun) == 2
     assert logged(wandb())[6:] == [0, 1, 0, 1]
+    assert vgrout("sweep", "--out", str(swept), "--track", "wandb", "--track-project", "mine")[0] == 0
+    begun = [row for row in wandb() if "init" in row][4:]
+    assert [(row["group"], row["project"]) for row in begun] == [("sweep", "mine")] and logged(wandb())[10:] == [0, 1]
 
 
 @pytest.mark.slow

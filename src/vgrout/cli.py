@@ -114,6 +114,8 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
         retries: int = 1,
         only_print: Annotated[NoPair, tyro.conf.arg(name="print")] = False,
         config: Path | None = None,
+        track: Tracker | None = None,
+        track_project: str = "vgrout",
     ) -> int:
         """Arms x seeds x settings as runs of their own: here, on a Ray cluster, or as a list of commands.
 
@@ -131,11 +133,17 @@ def commands(base: Config, queued: Sequence[str] = ()) -> dict:
             retries: Further tries of a run that failed, unless its settings are at fault.
             only_print: Run nothing: print the command of each run that is left, for a scheduler of your own.
             config: Take the settings from this config.json.
+            track: Send numbers of each run to this tracker, by a process beside the runs; see `vgrout track`.
+            track_project: The tracker's project.
         """
+        from vgrout.lab.sweep import RECORD
         from vgrout.lab.sweep import sweep as work
+        from vgrout.lab.track import beside
 
+        if only_print and track is not None:
+            raise UserError("--print runs nothing to track: drop --track, and follow the runs with `vgrout track`")
         how = {"pool": pool, "workers": workers, "address": address, "retries": retries, "only_print": only_print}
-        with listening():
+        with listening(), beside(track, out, track_project, goes_on=os.path.isfile(out / RECORD)):
             return work(cfg, arms, seeds, over, out, console, **how)
 
     def show(out: tyro.conf.Positional[Path], seeds: tuple[int, ...] = (), markdown: bool = False) -> int:

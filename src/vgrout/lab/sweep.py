@@ -1,7 +1,8 @@
 """`vgrout sweep`: arms x seeds x settings as runs of their own, here, on a Ray cluster, or as a list of commands.
 
 Finished runs are skipped. A run that failed is tried again, unless its settings are at fault; one whose machine went
-away goes on from its last checkpoint. sweep.json says of every run how it ended and how often it was tried.
+away goes on from its last checkpoint. sweep.json says of every run that was ever asked for in the folder how it ended,
+and how often it was tried; of one that is still to come the exit code is null.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,8 @@ from vgrout.lab.record import check_folder, claim_folder, finished, one_writer
 from vgrout.lab.run import check
 from vgrout.lab.tables import number_table, print_wide
 from vgrout.types import UserError
+
+Told = dict[str, dict[str, int | None]]  # exit code and number of tries by the run's name
 
 RECORD = "sweep.json"
 POOLS = ("local", "ray")
@@ -91,24 +94,54 @@ def _done(job: Job, out: Path) -> bool:
     return finished(out / job.name)
 
 
-def tried(jobs: Sequence[Job], out: Path, pool: Pool, retries: int, console: Console) -> dict[str, dict[str, int]]:
-    """Run what is not finished, what fails up to `retries` times more. Exit code and number of tries by name."""
-    told = {job.name: {"code": 0, "tries": 0} for job in jobs}
+def untried(jobs: Sequence[Job], out: Path) -> Told:
+    """What is known of the runs before any is tried."""
+    return {job.name: {"code": 0 if _done(job, out) else None, "tries": 0} for job in jobs}
+
+
+def tried(
+    jobs: Sequence[Job], out: Path, pool: Pool, retries: int, console: Console, keep: Callable[[Told], object]
+) -> Told:
+    """Run what is not finished, what fails up to `retries` times more. Exit code and number of tries by name, which
+    `keep` gets before each round as well; the code is None while a try is left."""
+    told = untried(jobs, out)
     left = [job for job in jobs if not _done(job, out)]
     for _ in range(1 + retries):
         if not left:
             break
         for job in left:
-            told[job.name]["tries"] += 1
+            told[job.name] = {"code": None, "tries": told[job.name]["tries"] + 1}
+        keep(told)
         # Jobs that are finished stand for those that others follow.
         codes = run_jobs([job for job in jobs if _done(job, out) or job in left], out, pool, console)
         for job in left:
             told[job.name]["code"] = codes.get(job.name, 1)
         left = [job for job in left if told[job.name]["code"] not in (0, WRONG)]
+    keep(told)
     return told
 
 
-def table(jobs: Sequence[Job], out: Path, told: Mapping[str, Mapping[str, int]]):
+def recorded(out: Path) -> Told:
+    """The runs of the folder's record; none where there is no record. Raises UserError."""
+    try:
+        told = json.loads((out / RECORD).read_text()).get("runs", {})
+        return {name: {"code": run["code"], "tries": int(run["tries"])} for name, run in told.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"cannot read {out / RECORD}: write {{}} into it to go on without what it said") from None
+
+
+def record(told: Told, earlier: Told, out: Path) -> None:
+    """Keep what is known of the runs, with the tries of earlier calls and the runs that only those had."""
+    now = {
+        name: {"code": run["code"], "tries": run["tries"] + earlier.get(name, {"tries": 0})["tries"]}
+        for name, run in told.items()
+    }
+    replace_file(out / RECORD, json.dumps({"runs": {**earlier, **now}}, indent=1) + "\n")
+
+
+def table(jobs: Sequence[Job], out: Path, told: Told):
     """How every run ended, and what it ships."""
     rows = []
     for job in jobs:
@@ -156,15 +189,16 @@ def sweep(
         replace_file(out / RECORD, json.dumps({"runs": {}}) + "\n")
     with one_writer(out):
         check_runs(jobs, out)
+        earlier = recorded(out)
         if only_print:
+            record(untried(jobs, out), earlier, out)
             for job in jobs:
                 if not _done(job, out):
                     replace_file(out / f"{job.name}.json", job.cfg.to_json())
             for line in commands(jobs, out):
                 print(line)
             return 0
-        told = tried(jobs, out, _pool(pool, workers, address), retries, console)
-        replace_file(out / RECORD, json.dumps({"runs": told}, indent=1) + "\n")
+        told = tried(jobs, out, _pool(pool, workers, address), retries, console, lambda now: record(now, earlier, out))
     print_wide(table(jobs, out, told), console)
     return 0 if all(_done(job, out) for job in jobs) else 1
 

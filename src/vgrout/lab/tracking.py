@@ -2,8 +2,9 @@
 
 A reader of the run's files, beside training and never in it: no hook, no import of the loop. Of steps.jsonl,
 evals.jsonl and eval.json only numbers go, so that no text of a rollout can leave; with them go config.json and
-provenance.json. A step goes together with the small evaluation that follows it, once, and in order. What went is kept
-in RUN/tracking/TRACKER.json. A run that went back to a checkpoint and came the same way again goes on where it was; one
+provenance.json. A step goes together with the small evaluation that follows it, in order, and once; only rows of a
+tracker that did not come to its end, so that nobody knows which arrived, go again. What went is kept in
+RUN/tracking/TRACKER.json. A run that went back to a checkpoint and came the same way again goes on where it was; one
 that took another way becomes a new run of the tracker, with all of its steps.
 
 As a program, `python -m vgrout.lab.tracking '{..}'` follows a folder until its standard input ends, as it does when the
@@ -26,7 +27,7 @@ import secrets
 import select
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,6 +110,21 @@ def runs_in(out: Path) -> list[Path]:
     return [child for child in sorted(out.iterdir()) if (child / "config.json").is_file()]
 
 
+def swept(out: Path) -> bool:
+    """Whether every run that a sweep's record names is finished, or failed with no try left. Raises UNREADABLE."""
+    told = json.loads((out / "sweep.json").read_text())["runs"]
+    return bool(told) and all(run["code"] is not None or finished(out / name) for name, run in told.items())
+
+
+def decided(out: Path) -> bool:
+    """Whether a decision experiment has its result, and began no run again that failed before it."""
+    stamp = _stamp(out / "decision.json")
+    if stamp is None:
+        return False
+    begun = [file for file in out.glob("*-s[0-9]*.json") if not finished(out / file.stem)]
+    return all(file.stat().st_mtime_ns <= stamp[0] for file in begun)
+
+
 def settings(run: Path) -> dict[str, Any]:
     """The configuration, and what the run was made with."""
     config = json.loads((run / "config.json").read_text())
@@ -135,13 +151,15 @@ class Feed:
         (run / FOLDER).mkdir(exist_ok=True)
         self.file = run / FOLDER / f"{tracker}.json"
         self._open: Any = None
+        self._given: dict[str, str] = {}  # what the open tracker took
         self._seen: list[tuple[int, int] | None] = []
         self._lock = os.open(run / FOLDER, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # By project: the run's name in the tracker, and each step that went with a digest of its numbers.
+            # By project: the run's name in the tracker, and the steps with a digest of their numbers: those `sent` at
+            # the tracker's word, and those `pending`, given to a tracker that has not come to its end.
             self.kept: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-            self.state = self.kept.get(project) or self._new()
+            self.state = {"pending": {}} | self.kept[project] if project in self.kept else self._new()
         except BaseException as error:
             os.close(self._lock)
             if isinstance(error, BlockingIOError):
@@ -150,53 +168,61 @@ class Feed:
 
     def _new(self) -> dict[str, Any]:
         name = re.sub(r"[^\w.-]+", "_", label(self.run, settings(self.run)))
-        return {"name": f"{name}-{secrets.token_hex(3)}", "sent": {}}
+        return {"name": f"{name}-{secrets.token_hex(3)}", "sent": {}, "pending": {}}
 
     def send(self) -> int:
-        """Send what is new. How many rows went. Raises TrackerFailed, OSError, and UNREADABLE where a log is cut back
-        in this moment, or damaged."""
+        """Send what is new, or was given to a tracker that did not come to its end. How many rows went. Raises
+        TrackerFailed, OSError, and UNREADABLE where a log is cut back in this moment, or damaged."""
         now = [_stamp(self.run / name) for name in LOGS]
         if now == self._seen:
             return 0
         found = [(str(step), _digest(values), values) for step, values in rows(self.run)]
-        sent = self.state["sent"]
-        last = max(map(int, sent), default=-1)
-        if any(sent.get(step) != digest for step, digest, _ in found if int(step) <= last):
+        known = self.state["pending"] | self.state["sent"]
+        last = max(map(int, known), default=-1)
+        if any(known.get(step) != digest for step, digest, _ in found if int(step) <= last):
             self.finish()
-            self.state = self._new()  # it took another way, and what went cannot be taken back
-            sent = self.state["sent"]
-        fresh = [row for row in found if row[0] not in sent]
-        for step, digest, values in fresh:
-            self._call(lambda step=step, values=values: self._opened().log(values, step=int(step)))
-            sent[step] = digest
-            self._keep()
+            self.state, known = self._new(), {}  # it took another way, and what went cannot be taken back
+        fresh = [row for row in found if row[0] not in self.state["sent"] | self._given]
+        if fresh:
+            self._give(fresh, resume="allow" if known else "never")
         self._seen = now
         return len(fresh)
 
+    def _give(self, fresh: Sequence[tuple[str, str, dict[str, float]]], resume: str) -> None:
+        """Rows to the tracker, pending before it has them: then nothing that becomes of it loses one."""
+        self.state["pending"] |= {step: digest for step, digest, _ in fresh}
+        self._keep()
+        self._call(lambda: self._opened(resume))
+        for step, digest, values in fresh:
+            self._call(lambda step=step, values=values: self._open.log(values, step=int(step)))
+            self._given[step] = digest
+
     def finish(self) -> None:
-        """Let the tracker send what it still holds. Raises TrackerFailed."""
+        """Let the tracker send what it still holds; then its rows count as sent. Raises TrackerFailed, OSError."""
         open_, self._open = self._open, None
+        given, self._given = self._given, {}
         if open_ is not None:
             self._call(open_.finish)
+            self.state["sent"] |= given
+            self.state["pending"] = {k: v for k, v in self.state["pending"].items() if k not in given}
+            self._keep()
 
     def close(self) -> None:
-        """Finish, and leave the run to others. Raises TrackerFailed."""
+        """Finish, and leave the run to others. Raises TrackerFailed, OSError."""
         try:
             self.finish()
         finally:
             os.close(self._lock)
 
-    def _opened(self) -> Any:
+    def _opened(self, resume: str) -> None:
         if self._open is None:
             known = {"project": self.project, "name": self.state["name"], "config": settings(self.run)}
             known |= {"group": self.group} if self.group else {}
             known |= {"id": self.state["name"]} if self.tracker == "wandb" else {}
-            resume = "allow" if self.state["sent"] else "never"
             # In a context of its own: a tracker that knows one current run finds none there to end.
             self._open = contextvars.Context().run(
                 lambda: self.module.init(**known, resume=resume, **OWN[self.tracker])
             )
-        return self._open
 
     def _keep(self) -> None:
         self.kept[self.project] = self.state
@@ -271,15 +297,13 @@ class Sender:
                 raise
 
     def complete(self) -> bool:
-        """Whether nothing more comes: the run is finished, or all of the experiment's."""
-        found = runs_in(self.out)
-        if not found or not all(map(finished, found)):
-            return False
-        decided = self.out / "decision.json"
-        return found == [self.out] or decided.is_file() and not json.loads(decided.read_text())["not_finished"]
+        """Whether nothing more comes: the run is finished, or the sweep or experiment over, failed runs included."""
+        if (self.out / "config.json").is_file():
+            return finished(self.out)
+        return swept(self.out) if (self.out / "sweep.json").is_file() else decided(self.out)
 
     def close(self) -> None:
-        """Finish what is open. Raises TrackerFailed."""
+        """Finish what is open. Raises TrackerFailed, OSError."""
         with contextlib.ExitStack() as stack:
             while self.feeds:
                 stack.callback(self.feeds.popitem()[1].close)
@@ -290,7 +314,7 @@ class Sender:
 
 def anchor(out: Path) -> list[int] | None:
     """What tells a folder's run or experiment from a later one in the same place; None where there is none."""
-    for name in ("config.json", "plan.json"):
+    for name in ("config.json", "plan.json", "sweep.json"):
         with contextlib.suppress(OSError):
             stat = (out / name).stat()
             return [stat.st_mtime_ns, stat.st_ino]
