@@ -18,8 +18,6 @@ from vgrout.envs.sandbox import Sandbox
 from vgrout.models.load import load_model
 from vgrout.types import Rollout
 
-PROMPTS = 64
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vgrout.types import UserError
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -31,6 +33,10 @@ def test_own_loop(tmp_path, monkeypatch):
     model, tokenizer = load_model("micro")
     base = {name: p.clone() for name, p in model.state_dict().items()}
     router = Router(model, tokenizer, Routing(pairs="micro"))
+    with pytest.raises(UserError, match="rollouts of a whole step"):
+        router.decide(0, [[5, 6]], [[7, 8]])
+    with pytest.raises(UserError, match="adapter already"):
+        Router(model, tokenizer, Routing(pairs="micro"))
     zones = example.train(model, tokenizer, router)
     assert [len(step) for step in zones] == [example.ROWS] * 2 and "route" in zones[-1] and "keep" in zones[-1]
     for which in ("deployed", "quarantine"):

@@ -83,11 +83,13 @@ def arguments(out, **changes) -> GRPOConfig:
 def made(out, pairs: str, *, moved: bool = True, routing=None, chat: bool = True, reward=worth, **changes) -> Spied:
     """A trainer of the toy's random model on letters, its blocks displaced. A change that no GRPOConfig has is an
     argument of the trainer."""
-    mine = {k: changes.pop(k) for k in ("peft_config", "optimizers", "rollout_func", "eval_dataset") if k in changes}
+    own = ("peft_config", "optimizers", "rollout_func", "eval_dataset", "tools", "quantization_config")
+    mine = {k: changes.pop(k) for k in own if k in changes}
+    model = changes.pop("model", None) or random_model()
     prompts = [[{"role": "user", "content": f"write {c}"}] if chat else f"write {c}" for c in "abcdefgh"]
     settings = {"rank": TOY.rank, "k_mid": TOY.k_mid, "k_route": TOY.k_route, "score_batch": 5, "refresh_every": 2}
     trainer = Spied(
-        model=random_model(),
+        model=model,
         processing_class=tokenizer(),
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]),
@@ -358,6 +360,18 @@ def test_masked_truncated_completions_are_left_out(pairs, tmp_path):
         ({"use_vllm": True}, {}, "does not go with use_vllm"),
         ({"use_liger_kernel": True}, {}, "does not go with use_liger_kernel"),
         ({"sync_ref_model": True}, {}, "does not go with sync_ref_model"),
+        ({"neftune_noise_alpha": 5.0}, {}, "does not go with neftune_noise_alpha"),
+        ({"bf16_full_eval": True}, {}, "does not go with bf16_full_eval"),
+        ({"torch_compile": True}, {}, "does not go with torch_compile"),
+        ({"use_transformers_continuous_batching": True}, {}, "continuous_batching"),
+        (
+            {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
+            {},
+            "steps_per_generation must be",
+        ),
+        ({}, {"arm": "placebo_matched"}, "choose one of none"),
+        ({"tools": [print]}, {}, "takes no tools"),
+        ({"quantization_config": object()}, {}, "takes no quantization_config"),
         ({"num_iterations": 2}, {"ratio": "one"}, "several updates per generation"),
         ({}, {"ratio": "truncated"}, "none of TRL's"),
         ({}, {"deploy_gen_frac": 0.3}, "nearest shares are 0.25 and 0.5"),
@@ -378,8 +392,18 @@ def test_what_routing_cannot_honour_is_refused(changes, routing, words, pairs, t
 
 def test_several_updates_of_one_generation(pairs, tmp_path):
     """The zones of a generation hold for all of its updates."""
-    trainer = made(tmp_path, pairs, num_iterations=2, max_steps=2)
-    before = tensors(trainer)
+    routing = {"arm": "coin_flip", "coin_route": 1.0, "coin_absorb": 0.0}
+    trainer = made(tmp_path, pairs, routing=routing, num_iterations=2, max_steps=2)
+    before, adapter = tensors(trainer), trainer.router.adapter
+    deployed = [p.detach().clone() for p in adapter.parameters("deployed")]
     trainer.train()
     assert len(trainer.batches) == 1 and trainer.state.global_step == 2
     assert any(not torch.equal(before[name], t) for name, t in tensors(trainer).items())
+    assert all(torch.equal(a, b) for a, b in zip(deployed, adapter.parameters("deployed"), strict=True))
+
+
+def test_dropout_is_refused(pairs, tmp_path):
+    model = random_model()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(UserError, match="sampled with attention_dropout"):
+        made(tmp_path, pairs, moved=False, model=model)

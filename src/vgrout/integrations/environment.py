@@ -99,6 +99,8 @@ def questions(
         raise UserError(f"unknown marker family {markers!r}: choose one of {', '.join(FAMILIES)}")
     if type(draws) is not int or draws < 1:
         raise UserError(f"draws = {draws!r}: give a positive whole number")
+    if draws > 1 and not hinted:
+        raise UserError(f"draws = {draws}: without hints there is no marker to draw, so prompts would repeat: drop it")
     for mode in modes:
         check_mode(mode)
     chosen = [p for p in problems_of(source, split).values() if not modes or p.mode in modes]

@@ -42,7 +42,8 @@ METRICS = [mean(), stderr(cluster=PROBLEM), by_mode()]
 
 @scorer(metrics=dict.fromkeys(("reward", "hack", "solve", "attempted", "compile"), METRICS))
 def grader(source: str = MICRO, split: str = "test", allow_weak_sandbox: bool = False) -> Scorer:
-    """Scores of a completion. `source` and `split` are those of the task, so that a log can be scored again."""
+    """Scores of a completion. `source` and `split` are those of the task, which whoever scores
+    a log again must give."""
 
     async def score(state: TaskState, target: Target) -> Score:
         facts, text = state.metadata, state.output.completion

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vgrout.adapters import attach, check_kind, targets
+from vgrout.adapters.base import BlockLinear
 from vgrout.arms import ARMS, Arm, Bench, hooks
 from vgrout.config import Config
 from vgrout.engines.torch_engine import encode_completion, encode_prompt
@@ -98,7 +99,10 @@ def routing_arms() -> list[str]:
 
 def _only_routes(arm: type[Arm]) -> bool:
     masks = arm.action in ("-", "route")  # and does not screen or penalise
-    return masks and set(hooks(arm)) <= {"route"} and arm.ablates and arm.loophole and arm.access in ("L0", "L1")
+    alone = not arm.needs  # no run to follow, no probe, no judge
+    return (
+        masks and alone and set(hooks(arm)) <= {"route"} and arm.ablates and arm.loophole and arm.access in ("L0", "L1")
+    )
 
 
 @contextmanager
@@ -145,6 +149,11 @@ class Router:
         self.arm = ARMS[cfg.arm](Bench(cfg, self.policy, hack, clean))
         self.arm.begin()
 
+    @property
+    def decides_alone(self) -> bool:
+        """Whether a single rollout can be decided on: by a coin, or by thresholds that are not of the batch."""
+        return not self.arm.scores or self.cfg.policy != "batch_std"
+
     def parameters(self) -> list[nn.Parameter]:
         """All that trains: both blocks."""
         return self.adapter.parameters("deployed") + self.adapter.parameters("quarantine")
@@ -166,11 +175,13 @@ class Router:
         """The zone of each of N rollouts, given as token ids without padding: one extra forward and backward pass.
 
         `step` is the number of updates so far: the direction is extracted anew every `refresh_every` of them. No
-        parameter gets a gradient. Raises UserError where a rollout has no tokens, and RunFailed where log-probabilities
-        are broken or the pairs do not separate.
+        parameter gets a gradient. Raises UserError where a rollout has no tokens, or one rollout is to have the
+        thresholds of a batch, and RunFailed where log-probabilities are broken or the pairs do not separate.
         """
         if len(prompts) != len(completions) or not prompts or not all(map(len, (*prompts, *completions))):
             raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each, none empty")
+        if len(prompts) < 2 and not self.decides_alone:
+            raise UserError("the thresholds of batch_std need the rollouts of a whole step: give them all at once")
         rows, n = self.rows(prompts, completions), len(prompts)
         batch = Batch(
             tokens=rows.tokens,
@@ -222,7 +233,9 @@ class Router:
         self.arm.restore({**tensors, **said["plain"]})
 
     def _facts(self) -> dict[str, Any]:
-        return {**asdict(self.routing), "pairs_sha256": self.pairs_sha256}
+        told = asdict(self.routing)
+        del told["pairs"]  # wherever they lie
+        return {**told, "pairs_sha256": self.pairs_sha256}
 
     def ship(self) -> PreTrainedModel:
         """Make the model the plain one that ships, in place: the deployed block in its weights, the quarantine gone.
@@ -254,6 +267,10 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"{kind} is no plain transformers model: merge a PEFT adapter first, or load the base model")
+    if getattr(model, "peft_config", None):
+        raise UserError("the model has a PEFT adapter: merge it first, or load the base model")
+    if any(isinstance(module, BlockLinear) for module in model.modules()):
+        raise UserError("the model has a router's adapter already: load it again")
     for name, linear in targets(model).items():
         if (dtype := linear.weight.dtype) != torch.float32:
             raise UserError(f'{name} of {kind} is {dtype}: load the model with dtype="float32"; a loop may autocast')

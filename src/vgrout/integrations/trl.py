@@ -60,6 +60,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
         check_args(self.args, routing)
         if self._is_vlm:
             raise UserError("routing scores text alone: give a language model and its tokenizer")
+        if routing.ratio == "sampler" and (dropout := active_dropout(self.model)):
+            raise UserError(f"rows are not sampled with {dropout}: set it to 0 as the model is loaded, or ratio='one'")
         self.router = Router(
             self.model,
             self._tokenizer,
@@ -133,7 +135,9 @@ class RoutedGRPOTrainer(GRPOTrainer):
         )
         some = [i for i, tokens in enumerate(completions) if tokens]
         m, d = torch.zeros(2, len(completions), device=output["completion_ids"].device)
-        if some:
+        if len(some) == 1 and not self.router.decides_alone:
+            self._log_routing({"undecided": 1.0})  # kept: all others were cut off, one has no thresholds
+        elif some:
             step = self.state.global_step
             decision = self.router.decide(step, [prompts[i] for i in some], [completions[i] for i in some])
             m[some], d[some] = decision.m.to(m), decision.d.to(d)
@@ -247,12 +251,22 @@ def _check_given(given: Mapping[str, Any]) -> None:
         raise UserError("routing takes no optimizer made beforehand, it would not hold the adapter: use args.optim")
 
 
+def active_dropout(model: nn.Module) -> str:
+    """A setting of the model that drops something in training; '' where none does."""
+    found = model.config.get_text_config().to_dict()
+    return next((k for k, value in found.items() if "dropout" in k and isinstance(value, float) and value > 0), "")
+
+
 def check_args(args: GRPOConfig, routing: Routing) -> None:
     """Raises UserError for arguments that routing cannot honour."""
     unfit = {
         "use_vllm": "rollouts come from the block that ships, in merged weights: use_vllm=False",
         "use_transformers_continuous_batching": "it has not been tried with merged weights: set it False",
         "use_liger_kernel": "its loss has not been tried with masks: use_liger_kernel=False",
+        "fp16": "its gradients would be unscaled once for each block: use bf16, or neither",
+        "bf16_full_eval": "it would round both blocks in place: bf16_full_eval=False",
+        "fp16_full_eval": "it would round both blocks in place: fp16_full_eval=False",
+        "neftune_noise_alpha": "rows would be trained on noise that they were not sampled with: leave it out",
         "torch_compile": "masks change from pass to pass: torch_compile=False",
         "sync_ref_model": "the reference is the base model: sync_ref_model=False",
         "deepspeed": "one process on one device trains: drop deepspeed",
@@ -267,6 +281,10 @@ def check_args(args: GRPOConfig, routing: Routing) -> None:
         raise UserError("reentrant checkpointing gives a frozen base no gradient: use_reentrant=False")
     if routing.ratio == "truncated":
         raise UserError("ratio truncated is none of TRL's: sampler or one")
+    if args.steps_per_generation < args.gradient_accumulation_steps:
+        raise UserError(
+            "thresholds are of an update's rollouts: steps_per_generation must be gradient_accumulation_steps or more"
+        )
     every = args.steps_per_generation * args.num_iterations
     if routing.ratio == "one" and args.gradient_accumulation_steps % every:
         raise UserError("several updates per generation need a ratio: Routing(ratio='sampler')")

@@ -54,8 +54,8 @@ class Asked(vf.TaskData):
 class GradedTask(vf.Task[Asked, vf.State, GradedConfig]):
     @property
     def key(self) -> str:
-        """The problem under its marker: `idx` changes with the selection."""
-        return f"{self.data.split} {self.data.problem} {self.data.marker} {self.data.hinted}"
+        """The problem and its draw, under its marker: `idx` changes with the selection."""
+        return f"{self.data.split} {self.data.name} {self.data.marker} {self.data.hinted}"
 
     async def _scores(self, trace: vf.Trace) -> Scores:
         asked = self.data
