@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ranks import ended, started, toy
 from vgrout.cli import main
 from vgrout.config import preset
-from vgrout.dist import ALONE, Group
+from vgrout.dist import ALONE, Group, RankLost, broken, place
 from vgrout.lab.record import read_jsonl
 from vgrout.lab.run import check, resume, run
-from vgrout.types import UserError
+from vgrout.types import RunFailed, UserError
 
 WORKER = str(Path(__file__).with_name("ranks.py"))
 UNEVEN = {"steps": 3, "prompts": 3, "group": 8, "teacher_n": 3, "max_new": 12, "micro_batch": 3, "sample_batch": 2}
@@ -80,6 +81,9 @@ def test_two_processes_equal_one(name, two):
             part = PARTS[step > 0]
             assert [row[:3] for row in mine["text"]] == [row[:3] for row in theirs["text"]]
             assert mine["reward"] == theirs["reward"] and mine["zones"] == theirs["zones"]
+            drawn = [[row[3] for row in side["text"] if row[3] is not None] for side in (mine, theirs)]
+            drawn = [torch.tensor([x for row in side for x in row]) for side in drawn]
+            assert near(*drawn, part), "log-probabilities of the sampler"
             for what in ("score", "features", "advantage"):
                 assert near(mine[what], theirs[what], part), what
             assert (mine["threshold"] is None) == (theirs["threshold"] is None)
@@ -161,6 +165,10 @@ def test_a_run_goes_on_after_a_kill(tmp_path):
         mine, theirs = (read_jsonl(folder / f"{name}.jsonl") for folder in (out, tmp_path / "one"))
         assert len(mine) == len(theirs) > 0
         assert all(same_record(*rows, 1e-3) for rows in zip(mine, theirs, strict=True)), name
+    weights = [load_file(folder / "adapter.safetensors") for folder in (out, tmp_path / "one")]
+    assert weights[0].keys() == weights[1].keys() and any(t.any() for t in weights[0].values())
+    # Adam divides by the size of a gradient, so that rounding moves entries whose gradient is near zero.
+    assert all(float((t - weights[1][key]).norm()) <= 1e-3 * float(t.norm()) for key, t in weights[0].items())
     cells = [json.loads((folder / "eval.json").read_text())["cells"] for folder in (out, tmp_path / "one")]
     assert cells[0].keys() == cells[1].keys()
     assert all(alike(cells[0][key]["reward"]["mean"], cells[1][key]["reward"]["mean"], 1e-5) for key in cells[0])
@@ -202,3 +210,12 @@ def test_work_is_split_by_key():
     third.rank, third.world = 2, 3
     assert third.owners(["a", "a", "b", "c", "b", "d"]).tolist() == [0, 0, 1, 2, 1, 0]
     assert ALONE.owners("abc").tolist() == [0, 0, 0]
+
+
+def test_what_a_run_says_of_itself_is_no_lost_process(monkeypatch):
+    said = RunFailed("the reward raised TimeoutError: Read timed out, connection reset by peer")
+    assert not broken(said) and broken(RankLost("gone")) and broken(RuntimeError("Connection closed by peer"))
+    assert not broken(ValueError("timed out"))
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        place()

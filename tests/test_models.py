@@ -14,11 +14,13 @@ from two_devices import THERE, MixedDevices, on_device
 from vgrout.adapters.base import BlockLinear
 from vgrout.config import Config, preset
 from vgrout.engines.torch_engine import TorchEngine
+from vgrout.faults import OutOfMemory
 from vgrout.lab.model_check import ANSWERS, PROMPTS, check_model, displace, findings, reckon
 from vgrout.loop import adapted, backward, encode_pairs
 from vgrout.method.gate import uniform
 from vgrout.method.policy import Policy, Rows, stack
 from vgrout.models.chat import chat_facts, encode_completion, encode_prompt, end_tokens, render
+from vgrout.models.download import download
 from vgrout.models.load import load_model, model_path, recomputing
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Batch, Prompt, UserError
@@ -407,3 +409,23 @@ def test_a_layer_with_dropout_of_its_own_is_not_recomputed():
     config = OPTConfig(**shape, word_embed_proj_dim=16, dropout=0.1)
     with pytest.raises(UserError, match="OPTDecoderLayer has a dropout of its own: drop --gradient-checkpointing"):
         recomputing(OPTForCausalLM(config))
+
+
+def test_a_model_that_does_not_fit_is_said(folders, monkeypatch):
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "logits", short)
+        console = Console(record=True, width=200, file=open("/dev/null", "w"))
+        assert check_model(settings(folders["llama"]), console) == 1
+        text = console.export_text()
+        assert "targets" in text and "too short on cpu" in text and "do not train" in text
+    monkeypatch.setattr("transformers.PreTrainedModel.to", short)
+    with pytest.raises(OutOfMemory, match="does not fit on cpu"):
+        load_model(str(folders["llama"]))
+
+
+def test_a_revision_needs_a_folder(tmp_path):
+    with pytest.raises(UserError, match="--revision goes with --out"):
+        download("org/name", revision="v1")

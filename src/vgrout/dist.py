@@ -46,11 +46,16 @@ class RankLost(RunFailed):
 
 def place() -> tuple[int, int]:
     """Which process of how many this one is, as torchrun and accelerate say it in the environment."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise UserError("RANK and WORLD_SIZE in the environment are no whole numbers: start with torchrun") from None
 
 
 def broken(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
+    if isinstance(error, RunFailed):  # it says itself what failed, perhaps in the same words
+        return isinstance(error, RankLost)
     return isinstance(error, c10d.DistError) or (isinstance(error, RuntimeError) and bool(BROKEN.search(str(error))))
 
 

@@ -180,6 +180,8 @@ class VLLMEngine(Engine):
             raise UserError("engine = vllm needs vLLM, on Linux with a GPU: pip install 'vgrout[vllm]'")
         if place()[1] > 1:
             raise UserError("engine = vllm samples for a run of one process: drop --engine, or torchrun")
+        if cfg.device.startswith("cuda:") and cfg.device != "cuda:0":
+            raise UserError("engine = vllm samples on the first GPU: give --device cuda, and CUDA_VISIBLE_DEVICES=N")
         for name in ("temperature", "eval_temperature"):
             if getattr(cfg, name) < COLDEST:
                 raise UserError(f"{name} = {getattr(cfg, name)}: vLLM samples at {COLDEST} or above")

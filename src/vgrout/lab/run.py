@@ -153,7 +153,9 @@ def make_policy(cfg: Config) -> Policy:
 
 def _policy(cfg: Config, ranks: Ranks = ALONE, *, shard: bool = False) -> tuple[Policy, str]:
     """The policy, and the digest of the weights under its adapter. What is to be in parts is on the CPU until then."""
-    device = "cpu" if shard else ranks.device(cfg.device)
+    own = ranks.device(cfg.device)
+    check_device(own)
+    device = "cpu" if shard else own
     how = {"dtype": cfg.dtype, "device": device, "attn": cfg.attn, "template": cfg.chat_template}
     model, tokenizer = load_model(cfg.model, **how)
     weights = weights_digest(model)
@@ -284,9 +286,8 @@ def resume(out: Path, *, allow_drift: bool = False, console: Console | None = No
     Returns the evaluation's cells. Raises what `run` raises, and UserError where configuration, code, model, pairs,
     task or versions are not what the checkpoint was made with, unless `allow_drift`: then provenance.json says so.
     """
-    if not os.path.isdir(out):  # False, too, where it cannot be looked up
-        raise UserError(f"no run at {out}")
     with joined() as ranks, ExitStack() as open_:
+        ranks.first(lambda: check_there(out))
         ranks.first(lambda: open_.enter_context(one_writer(out)))
         cfg = ranks.first(lambda: Config.read(out / "config.json"))
         if cells := ranks.first(lambda: results_of(out)):
@@ -294,6 +295,12 @@ def resume(out: Path, *, allow_drift: bool = False, console: Console | None = No
         shop = shared(cfg, ranks, open_)
         start, provenance = ranks.first(lambda: continued(out, cfg, shop, allow_drift=allow_drift))
         return _run(cfg, out, shop, provenance, start, console)
+
+
+def check_there(out: Path) -> None:
+    """Raises UserError where there is no run to go on with."""
+    if not os.path.isdir(out):  # False, too, where it cannot be looked up
+        raise UserError(f"no run at {out}")
 
 
 def results_of(out: Path) -> dict | None:

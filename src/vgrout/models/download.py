@@ -25,6 +25,8 @@ def download(name: str, out: Path | None = None, revision: str | None = None) ->
     What is there already is not fetched again, and an interrupted download goes on. Raises UserError for a name or
     revision that the hub does not have, or does not give to this user; RunFailed where it cannot be reached.
     """
+    if revision is not None and out is None:
+        raise UserError("--revision goes with --out FOLDER, and then --model FOLDER: by its name a model is its newest")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from vgrout.faults import OutOfMemory, is_out_of_memory
 from vgrout.models.attention import SHARED_HEADS
 from vgrout.models.chat import settle
 from vgrout.types import UserError
@@ -98,7 +99,12 @@ def load_model(
         settle(tokenizer, model, template)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return model.eval().to(device), tokenizer
+    try:
+        return model.eval().to(device), tokenizer
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{path} does not fit on {device}: try --dtype bfloat16, or docs/gpu.md") from error
 
 
 def weights_digest(model: PreTrainedModel) -> str:
