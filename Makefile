@@ -28,7 +28,7 @@ verify: $(CORE)  ## every gate with its evidence
 
 test: $(DEV)  ## lint and tests
 	$(BIN)/ruff check src tests examples
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 mutate: $(DEV)  ## break the code on purpose and see that the tests notice
 	$(BIN)/python -m vgrout.verify.mutate $(ARGS)

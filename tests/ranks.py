@@ -100,7 +100,7 @@ def toy(settings: dict, ranks) -> dict:
 
 
 def main(out: Path, jobs: list[tuple[str, dict]]) -> None:
-    from vgrout.dist import joined
+    from vgrout.dist import joined, leave
 
     torch.set_num_threads(1)
     with joined() as ranks:
@@ -108,6 +108,7 @@ def main(out: Path, jobs: list[tuple[str, dict]]) -> None:
             found = toy({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}, ranks)
             torch.save(found, out / f"{name}-{ranks.rank}.pt")
             ranks.sharded = False
+    leave(0)
 
 
 if __name__ == "__main__":

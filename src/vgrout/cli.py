@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from vgrout.config import Config, preset
-from vgrout.dist import RankLost, place
+from vgrout.dist import RankLost, leave, place
 from vgrout.signals import Interrupted, listening
 from vgrout.types import RunFailed, UserError
 
@@ -1047,4 +1047,4 @@ def main() -> None:
             sys.stdout.flush()
         except OSError:  # nobody reads it, or there is no room: the interpreter would try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    leave(code)

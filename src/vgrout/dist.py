@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as c10d
@@ -223,6 +224,21 @@ def _settled(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
+class _Once:
+    joined = False  # this process was one of several
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. One of several does it at once, with its output written: threads of torch's process groups may
+    abort it while the interpreter takes itself apart, and whoever started it would take that for a failure."""
+    if _Once.joined:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes that torchrun, or `accelerate launch`, has started as one run; ALONE where it has not.
@@ -245,6 +261,7 @@ def joined() -> Iterator[Ranks]:
         said = " ".join(str(error).split())[:200]
         raise RunFailed(f"process {rank} of {world} does not reach the others: {said}") from error
     group = Group()
+    _Once.joined = True
     try:
         yield group
         group.gather(None)  # a failure of the first process while it writes results is one of all
