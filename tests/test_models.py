@@ -15,7 +15,7 @@ from vgrout.adapters.base import BlockLinear
 from vgrout.config import Config, preset
 from vgrout.engines.torch_engine import TorchEngine
 from vgrout.faults import OutOfMemory
-from vgrout.lab.model_check import ANSWERS, PROMPTS, check_model, displace, findings, reckon
+from vgrout.lab.model_check import ANSWERS, PROMPTS, check_model, displace, findings, head, reckon, whole_logits
 from vgrout.loop import adapted, backward, encode_pairs
 from vgrout.method.gate import uniform
 from vgrout.method.policy import Policy, Rows, stack
@@ -24,7 +24,7 @@ from vgrout.models.download import download
 from vgrout.models.load import load_model, model_path, recomputing
 from vgrout.pairs import load as load_pairs
 from vgrout.types import Batch, Prompt, UserError
-from vgrout.verify.toy import tokenizer
+from vgrout.verify.toy import RANK, TOY, other_models, tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -429,3 +429,16 @@ def test_a_model_that_does_not_fit_is_said(folders, monkeypatch):
 def test_a_revision_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="--revision goes with --out"):
         download("org/name", revision="v1")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_under_a_wrong_mask_are_seen(dtype):
+    """Rows that share their prompt although a layer sees a window of tokens: too far off in either numbers."""
+    model = other_models()["window"].to(getattr(torch, dtype))
+    policy = adapted(replace(TOY, rank=RANK, dtype=dtype, temperature=1.0), model, tokenizer(), ())
+    rows = rows_of(policy)
+    with torch.no_grad(), policy.adapter.reference():
+        plain = whole_logits(model, rows)
+    assert head(policy, rows, plain, dtype).ok and not policy.packs
+    policy.packs = True
+    assert not head(policy, rows, plain, dtype).ok

@@ -145,9 +145,8 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_second_one_beside_it(q
     assert states(queue) == ["waiting", "finished"]
 
 
-def test_a_signal_goes_on_to_the_job_once_and_the_outcome_is_kept(queue, tmp_path):
-    put(queue, "trap 'echo told >> told; exit 5' INT; echo here > here; while :; do sleep 0.05; done")
-    put(queue, "true")
+def signalled(queue, ready, number):
+    """The exit code of a runner that gets a signal once its job is ready for it."""
 
     def interrupted():
         try:
@@ -157,10 +156,18 @@ def test_a_signal_goes_on_to_the_job_once_and_the_outcome_is_kept(queue, tmp_pat
 
     runner = FORK.Process(target=interrupted)
     runner.start()
-    until((tmp_path / "here").exists)
-    os.kill(runner.pid, signal.SIGINT)
+    until(ready)
+    os.kill(runner.pid, number)
     runner.join(20)
-    assert runner.exitcode == 130 and (tmp_path / "told").read_text() == "told\n"
+    return runner.exitcode
+
+
+def test_a_signal_goes_on_to_the_job_once_and_the_outcome_is_kept(queue, tmp_path):
+    put(queue, "trap 'echo told >> told; exit 5' INT; echo here > here; while :; do sleep 0.05; done")
+    put(queue, "true")
+
+    code = signalled(queue, (tmp_path / "here").exists, signal.SIGINT)
+    assert code == 130 and (tmp_path / "told").read_text() == "told\n"
     first, second = entries(queue)
     assert (first.state, first.code, first.by, second.state) == ("interrupted", 5, "SIGINT", "waiting")
 
@@ -170,20 +177,11 @@ def test_a_signal_ends_all_that_a_job_started(queue, tmp_path, number):
     put(queue, "sh -c 'echo $$ > inner; sleep 60; echo late > late'; true")
     put(queue, "true")
 
-    def interrupted():
-        try:
-            work(queue)
-        except Interrupted as stop:
-            os._exit(128 + stop.number)
-
-    runner = FORK.Process(target=interrupted)
-    runner.start()
-    until(lambda: (tmp_path / "inner").exists() and (tmp_path / "inner").read_text())
-    os.kill(runner.pid, number)
-    runner.join(20)
-    assert runner.exitcode == 128 + number and not (tmp_path / "late").exists()
+    inner = tmp_path / "inner"
+    code = signalled(queue, lambda: inner.exists() and inner.read_text(), number)
+    assert code == 128 + number and not (tmp_path / "late").exists()
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "inner").read_text()), 0)
+        os.kill(int(inner.read_text()), 0)
     assert states(queue) == ["interrupted", "waiting"]
 
 

@@ -96,6 +96,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("probe", "method/prefix.py", "position = seen[:, None] + torch", "position = seen[:1, None] + torch"),
     Mutation("probe", "method/prefix.py", "prompt[:, None].expand", "(prompt[:, None] | True).expand"),
     Mutation("probe", "method/prefix.py", "if s.requires_grad), strict=True)", "), strict=True)"),
+    Mutation("probe", "method/policy.py", 'not getattr(text, "sliding_window", None)', "True"),
     Mutation("probe", "method/policy.py", "shares = self.packs and", "shares ="),
     Mutation("probe", "method/policy.py", "(hidden).float() / self.temperature", "(hidden).float()"),
     Mutation("probe", "adapters/lora2r.py", "return A0 + dA, B0 + dB", "return A0 + dA, dB"),
